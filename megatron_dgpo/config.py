@@ -130,6 +130,10 @@ class Rollout(Section):
     """Longest wait for one step's responses."""
     update_timeout_s: PositiveFloat = 600
     """Longest wait for a weight update."""
+    record: bool = False
+    """Keep every response with its log-probs under run.dir/rollouts, for inspection and replay."""
+    replay: Path | None = None
+    """Folder of recorded responses to train on instead of sampling; no server is used."""
     canary_tolerance: PositiveFloat | None = None
     """Mean |trainer - server| log-prob on fixed tokens that stops training; null: 1e-3 in float32, 0.1 otherwise."""
 

@@ -1,0 +1,20 @@
+"""Group-relative advantages."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+
+def group_advantages(rewards: torch.Tensor, group_size: int, kind: Literal["mean_std", "mean"], eps: float):
+    """[B] float32: each reward relative to its group of `group_size` consecutive responses.
+
+    mean_std: (r − mean) / (std + eps), std over the group with Bessel's correction off; mean: r − mean.
+    Source: arXiv 2605.03327, §3; `mean` is Dr. GRPO's (arXiv 2503.20783). Collectives: none.
+    """
+    groups = rewards.float().view(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    if kind == "mean_std":
+        centred = centred / (groups.std(1, keepdim=True, correction=0) + eps)
+    return centred.flatten()

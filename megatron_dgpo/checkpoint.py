@@ -1,0 +1,246 @@
+"""Checkpoints: Megatron's distributed format, complete or absent, the newest few kept.
+
+A checkpoint is a folder `step_N` that appears by renaming, after every file in it was written and listed with
+size and CRC-32 in its manifest. A folder that lacks a manifest, or whose files do not match it, is passed over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import random
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from megatron_dgpo.errors import UsageError
+from megatron_dgpo.model.policy import Policy
+from megatron_dgpo.weights.architectures import Architecture
+
+_MANIFEST = "manifest.json"
+_READ_BYTES = 8 * 2**20
+# The optimizer's shards can be read back at any tensor, pipeline and data parallel size.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stands. `step` training steps are done, `prompts` were taken from the data, and the policy's
+    weights are version `weight_version`."""
+
+    step: int = 0
+    prompts: int = 0
+    weight_version: int = 0
+
+
+def save(folder: Path, policy: Policy, architecture: Architecture, progress: Progress, keep: int) -> Path:
+    """Write `folder/step_N` and drop all but the newest `keep`. Collective over all ranks; returns its path."""
+    target = folder / f"step_{progress.step:08d}"
+    partial = folder / f".writing_{target.name}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    state = _model_state(policy)
+    state["optimizer"] = policy.optimizer.sharded_state_dict(state, metadata=_METADATA)
+    state["scheduler"] = policy.scheduler.state_dict()
+    state["rng"] = _sharded_rng(_rng_state())
+    dist_checkpointing.save(state, str(partial))
+    checksums = _checksums(partial)
+    if dist.get_rank() == 0:
+        manifest = {
+            "progress": dataclasses.asdict(progress),
+            "architecture": dataclasses.asdict(architecture),
+            "layout": _layout(),
+            "files": checksums,
+        }
+        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _flush_to_disk(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        _flush_to_disk(folder)
+        for old in _candidates(folder)[keep:]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return target
+
+
+def load_newest(folder: Path, policy: Policy, architecture: Architecture) -> Progress | None:
+    """Restore the newest undamaged checkpoint in `folder`, or return None where there is none.
+
+    Collective over all ranks. Raises UsageError for a checkpoint of another model.
+    """
+    for candidate in _agreed(_candidates(folder)):
+        manifest = read_manifest(candidate)
+        problem = "its manifest is missing or unreadable" if manifest is None else _damage(candidate, manifest)
+        if problem:
+            logger.warning("%s is passed over: %s", candidate, problem)
+            continue
+        check_architecture(candidate, manifest, architecture)
+        load(candidate, policy)
+        return Progress(**manifest["progress"])
+    return None
+
+
+def load(path: Path, policy: Policy, weights_only: bool = False) -> None:
+    """Restore the policy's weights and, unless `weights_only`, optimizer, schedule and RNG. Collective."""
+    state = _model_state(policy)
+    if not weights_only:
+        state["optimizer"] = policy.optimizer.sharded_state_dict(state, is_loading=True, metadata=_METADATA)
+        if read_manifest(path)["layout"] == _layout():
+            state["rng"] = _sharded_rng(_rng_state())
+        else:
+            logger.warning("%s was written at another layout: random number generators start anew", path)
+    loaded = dist_checkpointing.load(state, str(path))
+    for name, chunk in _named_chunks(policy):
+        chunk.load_state_dict(loaded[name])
+    if not weights_only:
+        policy.optimizer.load_state_dict(loaded["optimizer"])
+        policy.scheduler.load_state_dict(loaded["scheduler"])
+        if "rng" in loaded:
+            _restore_rng(loaded["rng"])
+    else:
+        # Master weights are copies: without this the next step would start from the old ones.
+        policy.optimizer.reload_model_params()
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint with a readable manifest and files of the right size; checksums are not read."""
+    for candidate in _candidates(folder):
+        manifest = read_manifest(candidate)
+        if manifest and not any(_wrong_size(candidate, manifest).values()):
+            return candidate
+    return None
+
+
+def read_manifest(path: Path) -> dict | None:
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and {"progress", "architecture", "files"} <= set(manifest) else None
+
+
+def check_architecture(path: Path, manifest: dict, architecture: Architecture) -> None:
+    """Raise UsageError naming what differs when the checkpoint at `path` is of another model."""
+    ours = json.loads(json.dumps(dataclasses.asdict(architecture)))
+    theirs = manifest["architecture"]
+    different = [
+        f"{name} is {theirs.get(name)} there and {ours.get(name)} in model.path"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
+    if different:
+        raise UsageError(
+            f"{path} is a checkpoint of another model: {'; '.join(different)}. "
+            "Choose another run.dir, or the model.path that this run was started with"
+        )
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Newest first."""
+    return sorted(folder.glob("step_????????"), reverse=True)
+
+
+def _agreed(value):
+    """Rank 0's view, so that no rank sees another list of folders."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def _named_chunks(policy: Policy) -> list[tuple[str, torch.nn.Module]]:
+    """Megatron's names: `model`, or `model0`, `model1`, … for an interleaved pipeline."""
+    chunks = policy.modules
+    return [("model", chunks[0])] if len(chunks) == 1 else [(f"model{i}", chunk) for i, chunk in enumerate(chunks)]
+
+
+def _model_state(policy: Policy) -> dict:
+    return {name: chunk.sharded_state_dict() for name, chunk in _named_chunks(policy)}
+
+
+def _layout() -> dict[str, int]:
+    return {
+        "world": dist.get_world_size(),
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+    }
+
+
+def _rng_state() -> dict:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _restore_rng(state: dict) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _sharded_rng(state: dict) -> ShardedObject:
+    return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file() and file.name != _MANIFEST)
+
+
+def _crc32(file: Path) -> int:
+    value = 0
+    with file.open("rb") as stream:
+        while block := stream.read(_READ_BYTES):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _checksums(path: Path) -> dict[str, list[int]]:
+    """{file: [bytes, CRC-32]}, each rank reading its share. Collective."""
+    files = _agreed([str(file.relative_to(path)) for file in _files(path)])
+    mine = files[dist.get_rank() :: dist.get_world_size()]
+    shares: list = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, {name: [(path / name).stat().st_size, _crc32(path / name)] for name in mine})
+    return {name: entry for share in shares for name, entry in share.items()}
+
+
+def _wrong_size(path: Path, manifest: dict) -> dict[str, bool]:
+    return {
+        name: not (path / name).is_file() or (path / name).stat().st_size != size
+        for name, (size, _) in manifest["files"].items()
+    }
+
+
+def _damage(path: Path, manifest: dict) -> str | None:
+    """What is wrong with the checkpoint, the same answer on every rank. Collective."""
+    wrong = [name for name, is_wrong in _wrong_size(path, manifest).items() if is_wrong]
+    if not wrong:
+        names = sorted(manifest["files"])[dist.get_rank() :: dist.get_world_size()]
+        wrong = [name for name in names if _crc32(path / name) != manifest["files"][name][1]]
+    shares: list = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, wrong)
+    wrong = sorted({name for share in shares for name in share})
+    return f"{', '.join(wrong)} missing or damaged" if wrong else None
+
+
+def _flush_to_disk(folder: Path) -> None:
+    for path in [*_files(folder), *([folder / _MANIFEST] if (folder / _MANIFEST).exists() else []), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

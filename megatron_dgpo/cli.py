@@ -1,0 +1,73 @@
+"""`megatron-dgpo sft | train | eval | serve CONFIG [section.name=value ...]`"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from pathlib import Path
+
+from megatron_dgpo.config import Config, load_config
+from megatron_dgpo.errors import UsageError
+
+_COMMANDS = {
+    "sft": "fine-tune on written solutions",
+    "train": "run or continue DGPO training",
+    "eval": "report avg@k and pass@k of a checkpoint or a Hugging Face directory",
+    "serve": "run one vLLM server as training expects it",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit status. A UsageError is printed as a sentence, without a traceback."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parse(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        if getattr(options, "model", None):
+            config = config.model_copy(update={"model": config.model.model_copy(update={"path": options.model})})
+        return _run(options, config, arguments)
+    except UsageError as error:
+        print(f"megatron-dgpo {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="megatron-dgpo", description="DGPO for large language models on Megatron-Core and vLLM"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(_COMMANDS))
+    for name, purpose in _COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        command.add_argument("config", type=Path, help="YAML file of settings")
+        command.add_argument("overrides", nargs="*", metavar="section.name=value", help="settings over the file's")
+        if name == "eval":
+            source = command.add_mutually_exclusive_group()
+            source.add_argument("--checkpoint", type=Path, help="a step_N folder; default: the run's newest")
+            source.add_argument("--model", type=Path, help="a Hugging Face directory instead of a checkpoint")
+        if name == "serve":
+            command.add_argument("--port", type=int, default=8000)
+    return parser.parse_intermixed_args(arguments)
+
+
+def _run(options: argparse.Namespace, config: Config, arguments: list[str]) -> int:
+    from megatron_dgpo import launcher
+
+    if options.command == "serve":
+        return launcher.serve(config, options.port)
+    if launcher.is_rank():
+        # Libraries talk to the rank's log; rank 0's standard output is the user's.
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+        command = importlib.import_module(f"megatron_dgpo.{ {'train': 'trainer', 'eval': 'evaluation'}.get(options.command, options.command) }")
+        command.main(config, options)
+        return 0
+    from megatron_dgpo.preflight import check
+
+    check(options.command, config, getattr(options, "checkpoint", None))
+    return launcher.launch(arguments, config, needs_servers=options.command != "sft" and config.rollout.replay is None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

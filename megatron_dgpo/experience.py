@@ -1,0 +1,152 @@
+"""Scored responses: sampled by the engines, graded in worker processes, shared with a whole replica.
+
+The first rank of every data-parallel replica talks to engines and graders for its own prompts; the other ranks of
+the replica receive what it got. Groups never straddle replicas.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_dgpo.config import Config
+from megatron_dgpo.errors import UsageError
+from megatron_dgpo.rewards.pool import GraderPool
+from megatron_dgpo.rollout.client import Engines
+from megatron_dgpo.rollout.sample import Prompt, Sample
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A sample with its reward; `failure` says why a grader gave none (the reward is then 0)."""
+
+    sample: Sample
+    reward: float
+    failure: str | None = None
+
+    @property
+    def correct(self) -> bool:
+        return self.reward >= 1.0
+
+
+class Experience:
+    """Makes scored samples; use as a context manager, which ends the grader processes."""
+
+    def __init__(self, config: Config, engines: Engines | None, tokenizer) -> None:
+        """engines: on the first rank of each replica, unless rollouts are replayed; None elsewhere."""
+        self._config = config
+        self._engines = engines
+        self._tokenizer = tokenizer
+        self._graders = GraderPool(config.reward) if engines is not None else None
+        self._folder = config.run.dir / "rollouts"
+
+    def __enter__(self) -> Experience:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._graders:
+            self._graders.close()
+        if self._engines:
+            self._engines.close()
+
+    def sample(self, prompts: list[Prompt], step: int) -> list[Scored]:
+        """`group_size` responses to each of this replica's prompts, groups consecutive, for training step `step`.
+
+        Collectives: one object broadcast over the replica.
+        """
+        rollout = self._config.rollout
+        if rollout.replay:
+            return self._replay(prompts, step)
+        scored = self._collect(prompts, rollout.group_size, rollout.temperature, rollout.max_response_tokens, step)
+        if rollout.record and self._graders:
+            write_samples(self._file(step, parallel_state.get_data_parallel_rank()), scored)
+        return scored
+
+    def evaluate(self, prompts: list[Prompt], samples: int, temperature: float) -> list[Scored]:
+        """`samples` responses to every prompt, made by all replicas together and known to every rank.
+
+        Collectives: one object broadcast over the replica and one all-gather over data-parallel ranks.
+        """
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        mine = self._collect(prompts[rank::size], samples, temperature, self._config.rollout.max_response_tokens, -1)
+        shares: list = [None] * size
+        dist.all_gather_object(shares, mine, group=parallel_state.get_data_parallel_group_gloo())
+        return sorted((scored for share in shares for scored in share), key=lambda s: s.sample.prompt.index)
+
+    def _collect(self, prompts: list[Prompt], n: int, temperature: float, max_tokens: int, step: int) -> list[Scored]:
+        result: list | Exception | None = None
+        if self._engines is not None:
+            try:
+                seed = self._config.run.seed * 1_000_003 + step
+                samples = self._engines.generate(prompts, n=n, temperature=temperature, max_tokens=max_tokens, seed=seed)
+                result = self._grade(samples)
+            except Exception as error:
+                # The others wait for this rank's answer: they must hear of the failure, not of a lost connection.
+                result = error
+        box = [result]
+        dist.broadcast_object_list(
+            box,
+            src=dist.get_global_rank(parallel_state.get_model_parallel_group(), 0),
+            group=parallel_state.get_model_parallel_group(),
+            device=torch.device("cpu"),
+        )
+        if isinstance(box[0], Exception):
+            raise box[0]
+        return box[0]
+
+    def _grade(self, samples: list[Sample]) -> list[Scored]:
+        texts = self._tokenizer.batch_decode([s.token_ids for s in samples], skip_special_tokens=True)
+        samples = [dataclasses.replace(s, text=text) for s, text in zip(samples, texts, strict=True)]
+        scores = self._graders.score([(s.text, s.prompt.answer, s.prompt.row) for s in samples])
+        return [Scored(s, score.reward, score.failure) for s, score in zip(samples, scores, strict=True)]
+
+    def _file(self, step: int, replica: int) -> Path:
+        return self._folder / f"step_{step:08d}.{replica}.jsonl"
+
+    def _replay(self, prompts: list[Prompt], step: int) -> list[Scored]:
+        """What another run recorded for this step's prompts, whatever its data-parallel size was."""
+        folder = self._config.rollout.replay
+        recorded: dict[int, list[dict]] = {}
+        for file in sorted(folder.glob(f"step_{step:08d}.*.jsonl")):
+            for line in file.read_text().splitlines():
+                row = json.loads(line)
+                recorded.setdefault(row["prompt"], []).append(row)
+        group_size = self._config.rollout.group_size
+        scored = []
+        for prompt in prompts:
+            # A problem met twice in a step (at the turn of an epoch) has two groups, in order.
+            rows = recorded.get(prompt.index, [])
+            if len(rows) < group_size:
+                raise UsageError(
+                    f"rollout.replay={folder}: step {step} has {len(rows)} responses to problem {prompt.index}, not "
+                    f"{group_size}; replay needs the seed, data and rollout settings of the run that recorded"
+                )
+            recorded[prompt.index] = rows[group_size:]
+            scored += [_scored(prompt, row) for row in rows[:group_size]]
+        return scored
+
+
+def write_samples(file: Path, scored: list[Scored]) -> None:
+    """One JSON object a line; log-probs survive exactly."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as stream:
+        for item in scored:
+            row = dataclasses.asdict(item.sample) | {
+                "prompt": item.sample.prompt.index,
+                "question": item.sample.prompt.text,
+                "answer": item.sample.prompt.answer,
+                "reward": item.reward,
+                "failure": item.failure,
+            }
+            stream.write(json.dumps(row) + "\n")
+
+
+def _scored(prompt: Prompt, row: dict) -> Scored:
+    fields = {f.name: row[f.name] for f in dataclasses.fields(Sample) if f.name != "prompt"}
+    return Scored(Sample(prompt=prompt, **fields), row["reward"], row["failure"])

@@ -1,0 +1,81 @@
+"""The one place that knows a CPU from a GPU.
+
+Megatron-Core asks for CUDA devices by name. Without a GPU, `init_device` answers those requests with the CPU, so that
+everything above runs the same code on gloo as on NCCL.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+def backend() -> str:
+    """Of torch.distributed: tensors on the device, and Python objects through gloo."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def init_device() -> torch.device:
+    """Choose this rank's device, LOCAL_RANK's GPU or the CPU; safe to call more than once."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
+    _adapt_to_cpu()
+    return torch.device("cpu")
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory this rank has used: allocated on its GPU, or resident in its process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Turns `device="cuda"`, `.cuda()` and `.to("cuda")` into the CPU, and names CPU tensors' types as CUDA ones.
+
+    Megatron tells master weights from others by type names such as "torch.cuda.FloatTensor".
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": "cpu"}
+        if function is torch.Tensor.cuda:
+            return args[0]
+        if function is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return function(*args).replace("torch.", "torch.cuda.")
+        if function is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        return function(*args, **kwargs)
+
+
+def _is_cuda(device) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+_adapted = False
+
+
+def _adapt_to_cpu() -> None:
+    global _adapted
+    if _adapted:
+        return
+    _adapted = True
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    from megatron.core.tensor_parallel import random
+
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    _CudaMeansCpu().__enter__()

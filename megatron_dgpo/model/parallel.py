@@ -1,0 +1,64 @@
+"""Process groups from the `parallel` settings."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_dgpo.config import Parallel
+from megatron_dgpo.errors import UsageError
+
+
+def data_parallel_size(parallel: Parallel, world_size: int) -> int:
+    """How many replicas `world_size` ranks make. Raises UsageError when the sizes do not fill the world."""
+    model = parallel.tensor * parallel.pipeline
+    sizes = f"parallel.tensor={parallel.tensor} × parallel.pipeline={parallel.pipeline}"
+    if parallel.data is not None and model * parallel.data != world_size:
+        raise UsageError(
+            f"{sizes} × parallel.data={parallel.data} = {model * parallel.data} ranks, but {world_size} were started; "
+            f"start {model * parallel.data}, or leave parallel.data out"
+        )
+    if world_size % model:
+        raise UsageError(
+            f"{sizes} = {model} ranks do not fill {world_size} ranks; start a multiple of {model}, or change the sizes"
+        )
+    return world_size // model
+
+
+def initialize_parallel(parallel: Parallel, seed: int) -> None:
+    """Make Megatron's process groups and seed its generators. Collective; the default group must exist."""
+    data_parallel_size(parallel, dist.get_world_size())
+    chunks = parallel.chunks_per_stage
+    parallel_state.initialize_model_parallel(
+        parallel.tensor,
+        parallel.pipeline,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def is_last_stage() -> bool:
+    """Of the pipeline, whatever the model chunk: the stage that computes losses."""
+    return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+
+def is_replica_leader() -> bool:
+    """The first rank of a data-parallel replica, which speaks for it to the outside."""
+    return dist.get_rank(parallel_state.get_model_parallel_group()) == 0
+
+
+def broadcast_from_leader(value):
+    """A Python object from the replica's leader to all its ranks. Collective over the replica."""
+    return _broadcast(value, parallel_state.get_model_parallel_group(), 0)
+
+
+def broadcast_from_last_stage(value):
+    """A Python object from the last pipeline stage to the others. Collective over the pipeline group."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    return _broadcast(value, group, dist.get_world_size(group) - 1)
+
+
+def _broadcast(value, group: dist.ProcessGroup, source: int):
+    box = [value]
+    dist.broadcast_object_list(box, group=group, group_src=source, device="cpu")
+    return box[0]

@@ -1,0 +1,180 @@
+"""The policy: Megatron's data-parallel wrapper, pipeline schedule and optimizer around the model chunks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_dgpo.batch import Batch
+from megatron_dgpo.config import Config
+from megatron_dgpo.config import Optimizer as OptimizerSettings
+from megatron_dgpo.model.gpt import HiddenStatesModel, build_chunks
+from megatron_dgpo.model.parallel import broadcast_from_last_stage, is_last_stage
+from megatron_dgpo.weights.architectures import Architecture
+
+# (micro-batch, its index, packed hidden states [N, H], head weight [V_padded / tp, H]) ->
+#   (loss sum, integer normaliser, metrics that add up over micro-batches and data-parallel ranks)
+LossFunction = Callable[
+    [Batch, int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one optimizer step, the same on every rank. `metrics` are sums over the step's micro-batches and replicas."""
+
+    metrics: dict[str, float]
+    grad_norm: float
+    lr: float
+    skipped: bool
+    """The loss or the gradient was not finite; the weights are as before."""
+
+
+class Policy:
+    """The model that is trained. All methods are collective over all ranks."""
+
+    def __init__(self, config: Config, architecture: Architecture, optimizer_steps: int) -> None:
+        """optimizer_steps: length of the learning-rate schedule. Weights are to be loaded into `modules`."""
+        self.modules: list[HiddenStatesModel] = build_chunks(config, architecture)
+        megatron = self.modules[0].config
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=config.parallel.distributed_optimizer,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+        )
+        self.chunks = [
+            DistributedDataParallel(megatron, ddp, module, disable_bucketing=index > 0)
+            for index, module in enumerate(self.modules)
+        ]
+        for chunk in self.chunks:
+            chunk.train()
+        self.optimizer = get_megatron_optimizer(_optimizer_config(config), self.chunks)
+        self.scheduler = _scheduler(self.optimizer, config.optimizer, optimizer_steps)
+        megatron.finalize_model_grads_func = finalize_model_grads
+        megatron.grad_scale_func = self.optimizer.scale_loss
+
+    def reload_master_weights(self) -> None:
+        """Make the optimizer's float32 copies follow the parameters; after weights were loaded from outside."""
+        self.optimizer.reload_model_params()
+
+    @torch.no_grad()
+    def forward(self, batches: list[Batch], function: Callable) -> list:
+        """`function(batch, index, hidden states [N, H], head weight)` of every micro-batch, on the last stage.
+
+        Elsewhere an empty list. Keep results small: all stay alive until the last micro-batch is done.
+        """
+        return run_schedule(self.chunks, batches, function)
+
+    def step(self, batches: list[Batch], loss_function: LossFunction) -> StepResult:
+        """One optimizer step on Σ loss / Σ normaliser over micro-batches and data-parallel ranks.
+
+        Collectives: those of Megatron's schedule and gradient reduction, one all-reduce of the metrics over
+        data-parallel ranks and one broadcast of them over the pipeline, and the optimizer's own.
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        collected: list[dict[str, torch.Tensor]] = []
+
+        def compute_loss(batch, index, hidden_states, head_weight):
+            loss, normaliser, metrics = loss_function(batch, index, hidden_states, head_weight)
+            collected.append(metrics)
+            return loss, normaliser
+
+        run_schedule(self.chunks, batches, compute_loss, backward=True)
+        metrics = broadcast_from_last_stage(_sum_over_replicas(collected) if is_last_stage() else None)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        skipped = not (math.isfinite(grad_norm) and math.isfinite(metrics["loss"]))
+        if not skipped:
+            # Before the update: at step 1 of a warm-up the rate is lr / warmup_steps, not 0.
+            self.scheduler.step(increment=1)
+            self.optimizer.step()
+        return StepResult(metrics, grad_norm, self.optimizer.param_groups[0]["lr"], skipped)
+
+
+def run_schedule(chunks: list[torch.nn.Module], batches: list[Batch], function: Callable, backward: bool = False) -> list:
+    """Run all micro-batches through the pipeline; returns what `function` gave for each, on the last stage.
+
+    With `backward`, function returns (loss sum, normaliser) and gradients are left in the chunks' buffers, divided by
+    the normalisers' sum over micro-batches and data-parallel ranks. All batches have the same [B, S].
+    """
+    results: list = []
+
+    def forward_step(iterator, chunk):
+        index, batch = next(iterator)
+        hidden_states = chunk(batch.tokens, batch.position_ids, None)
+
+        def compute(hidden_states):
+            model = getattr(chunk, "module", chunk)
+            value = function(batch, index, batch.pack_hidden_states(hidden_states), model.head_weight)
+            if backward:
+                loss, normaliser = value
+                return loss, normaliser.to(torch.int), {}
+            results.append(value)
+            return hidden_states.new_zeros(()), torch.ones((), dtype=torch.int, device=hidden_states.device), {}
+
+        return hidden_states, compute
+
+    rows, length = batches[0].tokens.shape
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[enumerate(batches) for _ in chunks] if len(chunks) > 1 else enumerate(batches),
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=length,
+        micro_batch_size=rows,
+        forward_only=not backward,
+    )
+    return results
+
+
+def _sum_over_replicas(collected: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Collectives: one all-reduce over data-parallel ranks."""
+    names = sorted(collected[0])
+    total = torch.stack([torch.stack([metrics[name].double() for name in names]) for metrics in collected]).sum(0)
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return dict(zip(names, total.tolist(), strict=True))
+
+
+def _optimizer_config(config: Config) -> OptimizerConfig:
+    settings = config.optimizer
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        bf16=config.model.dtype == "bfloat16",
+        params_dtype=getattr(torch, config.model.dtype),
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+    )
+
+
+def _scheduler(optimizer, settings: OptimizerSettings, steps: int) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=max(steps, settings.warmup_steps + 1),
+        lr_decay_style=settings.schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,65 @@
+"""The frozen reference: the policy's layout, no gradients, no optimizer; its hidden states reach the loss."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_dgpo.batch import Batch
+from megatron_dgpo.config import Config
+from megatron_dgpo.model.gpt import build_chunks
+from megatron_dgpo.model.policy import run_schedule
+from megatron_dgpo.weights.architectures import Architecture
+from megatron_dgpo.weights.load import load_weights
+
+
+class Reference:
+    """The model that π is compared with. With `model.reference_offload` its weights rest in host memory."""
+
+    def __init__(self, config: Config, architecture: Architecture) -> None:
+        self.modules = build_chunks(config, architecture)
+        for module in self.modules:
+            module.requires_grad_(False).eval()
+        load_weights(
+            self.modules,
+            architecture,
+            config.model.reference or config.model.path,
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        )
+        self._parameters = [parameter for module in self.modules for parameter in module.parameters()]
+        self._on_host = None
+        if config.model.reference_offload:
+            pin = torch.cuda.is_available()
+            self._on_host = [p.data.cpu().pin_memory() if pin else p.data.clone() for p in self._parameters]
+            self._leave_device()
+
+    @torch.no_grad()
+    def hidden_states(self, batches: list[Batch]) -> list[torch.Tensor]:
+        """[N, H] packed final hidden states of every micro-batch on the last stage; an empty list elsewhere.
+
+        Collective over the replica. The caller keeps them for the step: 2·H bytes a token in bfloat16.
+        """
+        self._reach_device()
+        states = run_schedule(self.modules, batches, lambda batch, index, hidden_states, head: hidden_states)
+        self._leave_device(keep_head=True)
+        return states
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """[V_padded / tp, H] on the device; only on the last stage. It stays there: the loss needs it."""
+        return self.modules[-1].head_weight
+
+    def _reach_device(self) -> None:
+        if self._on_host is not None:
+            for parameter, host in zip(self._parameters, self._on_host, strict=True):
+                parameter.data = host.to(torch.cuda.current_device(), non_blocking=True)
+
+    def _leave_device(self, keep_head: bool = False) -> None:
+        # The weights never change: dropping the device's copy is all there is to do.
+        if self._on_host is not None:
+            last = self.modules[-1]
+            head = last.head_weight if keep_head and last.post_process else None
+            for parameter, host in zip(self._parameters, self._on_host, strict=True):
+                if parameter is not head:
+                    parameter.data = host

@@ -1,0 +1,21 @@
+"""The parallel layouts that every distributed result is checked in."""
+
+from megatron_dgpo.config import Config
+
+LAYOUTS = {
+    "tp1": (1, dict()),
+    "tp2": (2, dict(tensor=2)),
+    "tp2-sp": (2, dict(tensor=2, sequence=True)),
+    "pp2": (2, dict(pipeline=2)),
+    "pp2-interleaved": (2, dict(pipeline=2, chunks_per_stage=2)),
+    "tp2-pp2": (4, dict(tensor=2, pipeline=2)),
+    "dp2": (2, dict()),
+}
+
+
+def make_config(model, parallel: dict | None = None, **sections) -> Config:
+    """Settings for a float32 model on the CPU; `sections` are dictionaries by name."""
+    settings = {"model": {"path": model, "dtype": "float32"}, "data": {"train": "unused"}, "parallel": parallel or {}}
+    for name, values in sections.items():
+        settings[name] = {**settings.get(name, {}), **values}
+    return Config.model_validate(settings)

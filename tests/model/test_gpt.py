@@ -1,0 +1,70 @@
+"""Megatron's logits equal those of transformers, for every family in every layout."""
+
+import pytest
+import torch
+
+from tests.layouts import LAYOUTS, make_config
+from tests.ranks import run_ranks
+from tests.tiny_models import FAMILIES, make_tiny_model
+
+# float32 rounding over four layers, with sums split differently by each layout.
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return {family: make_tiny_model(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+
+
+def sequences() -> torch.Tensor:
+    return torch.randint(0, 131, (4, 24), generator=torch.Generator().manual_seed(1))
+
+
+def megatron_logits(model_dirs, parallel):
+    """{family: this rank's [rows, S - 1, columns] logits, or None off the last stage}."""
+    from megatron.core import parallel_state
+
+    from megatron_dgpo.batch import Batch
+    from megatron_dgpo.model.device import init_device
+    from megatron_dgpo.model.gpt import build_chunks
+    from megatron_dgpo.model.parallel import initialize_parallel
+    from megatron_dgpo.model.policy import run_schedule
+    from megatron_dgpo.weights.architectures import read_architecture
+    from megatron_dgpo.weights.load import load_weights
+
+    init_device()
+    found = {}
+    for family, model_dir in model_dirs.items():
+        config = make_config(model_dir, parallel)
+        architecture = read_architecture(model_dir)
+        if not parallel_state.model_parallel_is_initialized():
+            initialize_parallel(config.parallel, 1)
+        rank, size = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        )
+        chunks = build_chunks(config, architecture)
+        load_weights(chunks, architecture, model_dir, rank, size)
+        rows = sequences()[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
+        batch = Batch.from_sequences([r[:1].tolist() for r in rows], [r[1:].tolist() for r in rows])
+        with torch.no_grad():
+            parts = run_schedule(chunks, batch.split(1), lambda b, i, hidden, head: hidden @ head.t())
+        found[family] = torch.stack(parts) if parts else None
+    return found, parallel_state.get_data_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_equal_transformers(models, layout):
+    from transformers import AutoModelForCausalLM
+
+    world_size, parallel = LAYOUTS[layout]
+    results = run_ranks(megatron_logits, world_size, models, parallel)
+    for family, model_dir in models.items():
+        with torch.no_grad():
+            reference = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)(sequences()).logits[:, :-1]
+        replicas = max(dp for _, dp, _ in results) + 1
+        for replica in range(replicas):
+            shards = {tp: found[family] for found, dp, tp in results if dp == replica and found[family] is not None}
+            logits = torch.cat([shards[tp] for tp in sorted(shards)], -1)[..., :131]
+            difference = (logits - reference[replica::replicas]).abs().max().item()
+            assert difference < TOLERANCE, f"{family} {layout}: {difference:.2e}"
