@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 # The head dimension differs from hidden / heads, 131 tokens are not a multiple of any parallel size, and groups of
-# queries share keys: what a layout can get wrong.
+# queries share keys: what a layout can get wrong. vLLM's CPU attention wants head dimensions of 32 and more.
 SIZES = dict(
     hidden_size=64,
     intermediate_size=96,
@@ -26,10 +26,11 @@ FAMILIES = {
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 32,
         },
+        head_dim=32,
         tie_word_embeddings=False,
     ),
-    "mistral": dict(sliding_window=8, head_dim=24, tie_word_embeddings=False),
-    "qwen2": dict(tie_word_embeddings=True),
+    "mistral": dict(sliding_window=8, head_dim=32, tie_word_embeddings=False),
+    "qwen2": dict(hidden_size=128, tie_word_embeddings=True),
     "qwen3": dict(head_dim=32, tie_word_embeddings=False),
 }
 
