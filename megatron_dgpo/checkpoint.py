@@ -21,26 +21,15 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from megatron_dgpo.errors import UsageError
+from megatron_dgpo.manifest import MANIFEST, Progress, candidates, check_architecture, read_manifest, wrong_sizes
 from megatron_dgpo.model.policy import Policy
 from megatron_dgpo.weights.architectures import Architecture
 
-_MANIFEST = "manifest.json"
 _READ_BYTES = 8 * 2**20
 # The optimizer's shards can be read back at any tensor, pipeline and data parallel size.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """Where a run stands. `step` training steps are done, `prompts` were taken from the data, and the policy's
-    weights are version `weight_version`."""
-
-    step: int = 0
-    prompts: int = 0
-    weight_version: int = 0
 
 
 def save(folder: Path, policy: Policy, architecture: Architecture, progress: Progress, keep: int) -> Path:
@@ -64,12 +53,12 @@ def save(folder: Path, policy: Policy, architecture: Architecture, progress: Pro
             "layout": _layout(),
             "files": checksums,
         }
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _flush_to_disk(partial)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         _flush_to_disk(folder)
-        for old in _candidates(folder)[keep:]:
+        for old in candidates(folder)[keep:]:
             shutil.rmtree(old)
     dist.barrier()
     return target
@@ -80,7 +69,7 @@ def load_newest(folder: Path, policy: Policy, architecture: Architecture) -> Pro
 
     Collective over all ranks. Raises UsageError for a checkpoint of another model.
     """
-    for candidate in _agreed(_candidates(folder)):
+    for candidate in _agreed(candidates(folder)):
         manifest = read_manifest(candidate)
         problem = "its manifest is missing or unreadable" if manifest is None else _damage(candidate, manifest)
         if problem:
@@ -112,44 +101,6 @@ def load(path: Path, policy: Policy, weights_only: bool = False) -> None:
     else:
         # Master weights are copies: without this the next step would start from the old ones.
         policy.optimizer.reload_model_params()
-
-
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint with a readable manifest and files of the right size; checksums are not read."""
-    for candidate in _candidates(folder):
-        manifest = read_manifest(candidate)
-        if manifest and not any(_wrong_size(candidate, manifest).values()):
-            return candidate
-    return None
-
-
-def read_manifest(path: Path) -> dict | None:
-    try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-    except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) and {"progress", "architecture", "files"} <= set(manifest) else None
-
-
-def check_architecture(path: Path, manifest: dict, architecture: Architecture) -> None:
-    """Raise UsageError naming what differs when the checkpoint at `path` is of another model."""
-    ours = json.loads(json.dumps(dataclasses.asdict(architecture)))
-    theirs = manifest["architecture"]
-    different = [
-        f"{name} is {theirs.get(name)} there and {ours.get(name)} in model.path"
-        for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name)
-    ]
-    if different:
-        raise UsageError(
-            f"{path} is a checkpoint of another model: {'; '.join(different)}. "
-            "Choose another run.dir, or the model.path that this run was started with"
-        )
-
-
-def _candidates(folder: Path) -> list[Path]:
-    """Newest first."""
-    return sorted(folder.glob("step_????????"), reverse=True)
 
 
 def _agreed(value):
@@ -200,7 +151,7 @@ def _sharded_rng(state: dict) -> ShardedObject:
 
 
 def _files(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file() and file.name != _MANIFEST)
+    return sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
 
 
 def _crc32(file: Path) -> int:
@@ -220,16 +171,9 @@ def _checksums(path: Path) -> dict[str, list[int]]:
     return {name: entry for share in shares for name, entry in share.items()}
 
 
-def _wrong_size(path: Path, manifest: dict) -> dict[str, bool]:
-    return {
-        name: not (path / name).is_file() or (path / name).stat().st_size != size
-        for name, (size, _) in manifest["files"].items()
-    }
-
-
 def _damage(path: Path, manifest: dict) -> str | None:
     """What is wrong with the checkpoint, the same answer on every rank. Collective."""
-    wrong = [name for name, is_wrong in _wrong_size(path, manifest).items() if is_wrong]
+    wrong = wrong_sizes(path, manifest)
     if not wrong:
         names = sorted(manifest["files"])[dist.get_rank() :: dist.get_world_size()]
         wrong = [name for name in names if _crc32(path / name) != manifest["files"][name][1]]
@@ -240,7 +184,7 @@ def _damage(path: Path, manifest: dict) -> str | None:
 
 
 def _flush_to_disk(folder: Path) -> None:
-    for path in [*_files(folder), *([folder / _MANIFEST] if (folder / _MANIFEST).exists() else []), folder]:
+    for path in [*_files(folder), *([folder / MANIFEST] if (folder / MANIFEST).exists() else []), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)

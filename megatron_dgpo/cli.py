@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -48,25 +46,50 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             source.add_argument("--checkpoint", type=Path, help="a step_N folder; default: the run's newest")
             source.add_argument("--model", type=Path, help="a Hugging Face directory instead of a checkpoint")
         if name == "serve":
+            command.add_argument("--host", default="127.0.0.1", help="address to listen on")
             command.add_argument("--port", type=int, default=8000)
-    return parser.parse_intermixed_args(arguments)
+    # argparse takes a list of positionals only in one piece; overrides may also follow an option.
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [argument for argument in rest if argument.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides += rest
+    return options
 
 
 def _run(options: argparse.Namespace, config: Config, arguments: list[str]) -> int:
     from megatron_dgpo import launcher
 
     if options.command == "serve":
-        return launcher.serve(config, options.port)
+        return launcher.serve(config, options.host, options.port)
     if launcher.is_rank():
-        # Libraries talk to the rank's log; rank 0's standard output is the user's.
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-        command = importlib.import_module(f"megatron_dgpo.{ {'train': 'trainer', 'eval': 'evaluation'}.get(options.command, options.command) }")
-        command.main(config, options)
+        _run_rank(options, config)
         return 0
     from megatron_dgpo.preflight import check
 
-    check(options.command, config, getattr(options, "checkpoint", None))
-    return launcher.launch(arguments, config, needs_servers=options.command != "sft" and config.rollout.replay is None)
+    parallel = config.parallel
+    world_size = parallel.tensor * parallel.pipeline * (parallel.data or 1)
+    check(options.command, config, world_size, getattr(options, "checkpoint", None), bool(getattr(options, "model", 0)))
+    needs_servers = options.command != "sft" and config.rollout.replay is None
+    return launcher.launch(arguments, config, world_size, needs_servers)
+
+
+def _run_rank(options: argparse.Namespace, config: Config) -> None:
+    # Libraries talk to the rank's log; rank 0's standard output is the user's.
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if options.command == "sft":
+        from megatron_dgpo.sft import sft
+
+        sft(config)
+    elif options.command == "train":
+        from megatron_dgpo.trainer import train
+
+        train(config)
+    else:
+        from megatron_dgpo.evaluation import evaluate_policy
+
+        evaluate_policy(config, options.checkpoint, from_model=options.model is not None)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError
+from megatron_dgpo.model.parallel import broadcast_from_leader
 from megatron_dgpo.rewards.pool import GraderPool
 from megatron_dgpo.rollout.client import Engines
 from megatron_dgpo.rollout.sample import Prompt, Sample
@@ -41,7 +41,7 @@ class Experience:
     def __init__(self, config: Config, engines: Engines | None, tokenizer) -> None:
         """engines: on the first rank of each replica, unless rollouts are replayed; None elsewhere."""
         self._config = config
-        self._engines = engines
+        self.engines = engines
         self._tokenizer = tokenizer
         self._graders = GraderPool(config.reward) if engines is not None else None
         self._folder = config.run.dir / "rollouts"
@@ -52,8 +52,8 @@ class Experience:
     def __exit__(self, *_) -> None:
         if self._graders:
             self._graders.close()
-        if self._engines:
-            self._engines.close()
+        if self.engines:
+            self.engines.close()
 
     def sample(self, prompts: list[Prompt], step: int) -> list[Scored]:
         """`group_size` responses to each of this replica's prompts, groups consecutive, for training step `step`.
@@ -81,24 +81,18 @@ class Experience:
 
     def _collect(self, prompts: list[Prompt], n: int, temperature: float, max_tokens: int, step: int) -> list[Scored]:
         result: list | Exception | None = None
-        if self._engines is not None:
+        if self.engines is not None:
             try:
                 seed = self._config.run.seed * 1_000_003 + step
-                samples = self._engines.generate(prompts, n=n, temperature=temperature, max_tokens=max_tokens, seed=seed)
+                samples = self.engines.generate(prompts, n=n, temperature=temperature, max_tokens=max_tokens, seed=seed)
                 result = self._grade(samples)
             except Exception as error:
                 # The others wait for this rank's answer: they must hear of the failure, not of a lost connection.
                 result = error
-        box = [result]
-        dist.broadcast_object_list(
-            box,
-            src=dist.get_global_rank(parallel_state.get_model_parallel_group(), 0),
-            group=parallel_state.get_model_parallel_group(),
-            device=torch.device("cpu"),
-        )
-        if isinstance(box[0], Exception):
-            raise box[0]
-        return box[0]
+        result = broadcast_from_leader(result)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def _grade(self, samples: list[Sample]) -> list[Scored]:
         texts = self._tokenizer.batch_decode([s.token_ids for s in samples], skip_special_tokens=True)

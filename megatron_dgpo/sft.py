@@ -3,28 +3,55 @@
 from __future__ import annotations
 
 import torch
+from megatron.core import parallel_state
 
-from megatron_dgpo import checkpoint
-from megatron_dgpo.batch import Batch
 from megatron_dgpo.config import Config
 from megatron_dgpo.data import PromptOrder, load_solutions
+from megatron_dgpo.manifest import Progress
 from megatron_dgpo.session import Session
 from megatron_dgpo.statistics import token_statistics
 
 
 def sft(config: Config) -> None:
     """Fine-tune for `sft.steps`, or continue doing so, and write `run.dir/hf`. Collective: called by every rank."""
-    with Session(config, "sft", optimizer_steps=config.sft.steps) as session:
-        policy, log = session.policy, session.log
+    with Session(config, "sft", config.sft.steps) as session:
         solutions = load_solutions(config, session.tokenizer)
         order = PromptOrder(len(solutions), config.run.seed, config.data.shuffle)
+        loss = _mean_negative_logprob(session.architecture.vocab_size)
         progress = session.restore()
-        log.start(progress.step, config.sft.steps)
+        session.log.start(progress.step, config.sft.steps)
         while progress.step < config.sft.steps:
-            with log.phase("policy"):
+            with session.log.phase("policy"):
                 rows = [solutions[i] for i in order.take(progress.prompts, config.sft.batch_size, *session.replica)]
-                batch = session.make_batch([r.prompt_ids for r in rows], [r.response_ids for r in rows])
-                result = policy.step(batch.split(config.batch.micro_batch_size), _loss(session))
-            progress = checkpoint.Progress(progress.step + 1, progress.prompts + config.sft.batch_size)
-            log.write(progress.step, {})
+                batch = session.make_batch([row.prompt_ids for row in rows], [row.response_ids for row in rows])
+                result = session.policy.step(batch.split(config.batch.micro_batch_size), loss)
+            progress = Progress(progress.step + 1, progress.prompts + config.sft.batch_size)
+            metrics = {
+                "policy/loss": result.metrics["loss"] / result.metrics["tokens"],
+                "policy/entropy": result.metrics["entropy"] / result.metrics["tokens"],
+                "policy/grad_norm": result.grad_norm,
+                "policy/lr": result.lr,
+                "rollout/tokens": result.metrics["tokens"],
+            }
+            if progress.step == config.sft.steps or progress.step % config.checkpoint.every == 0:
+                with session.log.phase("checkpoint"):
+                    session.save(progress)
+            session.log.write(progress.step, metrics)
         session.export()
+
+
+def _mean_negative_logprob(vocab_size: int):
+    def loss(batch, index, hidden_states, head_weight):
+        statistics = token_statistics(
+            hidden_states,
+            head_weight,
+            batch.targets,
+            temperature=1.0,
+            vocab_size=vocab_size,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+        )
+        total = -statistics.logprobs.sum()
+        tokens = torch.tensor(len(batch.targets), device=total.device)
+        return total, tokens, {"loss": total.detach(), "tokens": tokens, "entropy": statistics.entropy.detach().sum()}
+
+    return loss

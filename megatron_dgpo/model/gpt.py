@@ -104,7 +104,9 @@ def build_chunks(config: Config, architecture: Architecture) -> list[HiddenState
             vp_stage=vp_stage,
         )
         if architecture.rope_scaling:
-            chunk.rotary_pos_emb.inv_freq = _llama3_frequencies(chunk.rotary_pos_emb.inv_freq, architecture.rope_scaling)
+            chunk.rotary_pos_emb.inv_freq = _llama3_frequencies(
+                chunk.rotary_pos_emb.inv_freq, architecture.rope_scaling
+            )
         chunks.append(chunk.to(torch.cuda.current_device()))
     return chunks
 

@@ -103,7 +103,9 @@ class Policy:
         return StepResult(metrics, grad_norm, self.optimizer.param_groups[0]["lr"], skipped)
 
 
-def run_schedule(chunks: list[torch.nn.Module], batches: list[Batch], function: Callable, backward: bool = False) -> list:
+def run_schedule(
+    chunks: list[torch.nn.Module], batches: list[Batch], function: Callable, backward: bool = False
+) -> list:
     """Run all micro-batches through the pipeline; returns what `function` gave for each, on the last stage.
 
     With `backward`, function returns (loss sum, normaliser) and gradients are left in the chunks' buffers, divided by

@@ -77,9 +77,7 @@ class Engines:
     def prompt_logprobs(self, address: str, token_ids: list[int]) -> list[float]:
         """log π(token | those before it) of every token but the first, at temperature 1, recomputed."""
         sampling = {"prompt_logprobs": 0, "max_tokens": 1, "temperature": 0, "detokenize": False}
-        reply = self._post(
-            address, "/inference/v1/generate", {"token_ids": token_ids, "sampling_params": sampling}
-        )
+        reply = self._post(address, "/inference/v1/generate", {"token_ids": token_ids, "sampling_params": sampling})
         entries = reply["prompt_logprobs"][1:]
         return [entry[str(token)]["logprob"] for entry, token in zip(entries, token_ids[1:], strict=True)]
 

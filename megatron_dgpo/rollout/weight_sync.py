@@ -124,9 +124,7 @@ def check_servers(
             raise StaleWeightsError(f"{address} serves weight version {found}, the policy is at {version}{named}")
         served = [engines.prompt_logprobs(address, probe) for probe in probes]
         differences = [
-            abs(a - b)
-            for ours, theirs in zip(expected, served, strict=True)
-            for a, b in zip(ours, theirs, strict=True)
+            abs(a - b) for ours, theirs in zip(expected, served, strict=True) for a, b in zip(ours, theirs, strict=True)
         ]
         gaps.append(sum(differences) / len(differences))
         if not gaps[-1] <= tolerance:

@@ -15,8 +15,8 @@ from megatron_dgpo.errors import UsageError
 from megatron_dgpo.weights.architectures import Architecture
 from megatron_dgpo.weights.slices import shard_slices
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 
 
 def named_shards(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -57,18 +57,18 @@ def tensor_files(model_dir: Path) -> dict[str, str]:
 
     Raises UsageError when there is neither.
     """
-    index = model_dir / _INDEX
+    index = model_dir / INDEX
     if index.is_file():
         try:
             return json.loads(index.read_text())["weight_map"]
         except (ValueError, KeyError) as error:
             raise UsageError(f"{index} is not a safetensors index: {error!r}") from None
-    if not (model_dir / _SINGLE).is_file():
+    if not (model_dir / SINGLE).is_file():
         pickled = sorted(path.name for path in model_dir.glob("pytorch_model*.bin"))
         hint = f" ({pickled[0]} is a pickle: convert it to safetensors)" if pickled else ""
-        raise UsageError(f"{model_dir} has neither {_SINGLE} nor {_INDEX}{hint}")
-    with _opened(model_dir / _SINGLE) as file:
-        return dict.fromkeys(file.keys(), _SINGLE)
+        raise UsageError(f"{model_dir} has neither {SINGLE} nor {INDEX}{hint}")
+    with _opened(model_dir / SINGLE) as file:
+        return dict.fromkeys(file.keys(), SINGLE)
 
 
 def check_weights(architecture: Architecture, model_dir: Path) -> None:
@@ -76,7 +76,9 @@ def check_weights(architecture: Architecture, model_dir: Path) -> None:
     locations = tensor_files(model_dir)
     missing = [name for name in architecture.hf_shapes if name not in locations]
     if missing:
-        raise UsageError(f"{model_dir}: tensor {missing[0]} is missing ({len(missing)} in all): the model is incomplete")
+        raise UsageError(
+            f"{model_dir}: tensor {missing[0]} is missing ({len(missing)} in all): the model is incomplete"
+        )
     by_file: dict[str, list[str]] = {}
     for name in architecture.hf_shapes:
         by_file.setdefault(locations[name], []).append(name)

@@ -1,0 +1,91 @@
+"""Make the data and the untrained model of the arithmetic example.
+
+A problem is a sum of two numbers; its solution works digit by digit from the right, each line `column: a+b+carry=sum`,
+and ends in `#### result`. Held-out problems do not occur in the training files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+CHARACTERS = "0123456789+-*= #\n,"
+DIGITS = (3, 4, 5)
+SFT_PROBLEMS, TRAIN_PROBLEMS, HELD_OUT_PROBLEMS = 8192, 8192, 512
+
+
+def solve(a: int, b: int) -> str:
+    """The working of a + b, written out."""
+    lines, carry, place = [], 0, 1
+    while a >= place or b >= place:
+        x, y = a // place % 10, b // place % 10
+        lines.append(f"{x}+{y}+{carry}={x + y + carry}")
+        carry, place = (x + y + carry) // 10, place * 10
+    return "\n".join([*lines, f"#### {a + b}"])
+
+
+def make_problems(count: int, seed: int) -> list[dict]:
+    """Distinct sums; the same seed gives the same ones."""
+    generator = random.Random(seed)
+    problems: dict[str, dict] = {}
+    while len(problems) < count:
+        digits = generator.choice(DIGITS)
+        a, b = (generator.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
+        problems[f"{a}+{b}\n"] = {"question": f"{a}+{b}\n", "answer": str(a + b), "response": solve(a, b)}
+    return list(problems.values())
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    tokens = ["<pad>", "<eos>", *CHARACTERS]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
+    )
+
+
+def make_model(seed: int) -> Qwen2ForCausalLM:
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(CHARACTERS) + 2,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the data and the model")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    problems = make_problems(SFT_PROBLEMS + TRAIN_PROBLEMS + HELD_OUT_PROBLEMS, options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)
+    start = 0
+    for name, count in (("sft", SFT_PROBLEMS), ("train", TRAIN_PROBLEMS), ("held_out", HELD_OUT_PROBLEMS)):
+        rows = problems[start : start + count]
+        (options.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        start += count
+    model = make_model(options.seed)
+    model.save_pretrained(options.out / "model")
+    make_tokenizer().save_pretrained(options.out / "model")
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {start} problems in {options.out}")
+
+
+if __name__ == "__main__":
+    main()

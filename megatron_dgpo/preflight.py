@@ -1,0 +1,171 @@
+"""Everything that can be known to be wrong before a process is started."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import uuid
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+
+from megatron_dgpo.config import Config
+from megatron_dgpo.data import load_prompts, load_solutions
+from megatron_dgpo.errors import UsageError
+from megatron_dgpo.manifest import check_architecture, newest, read_manifest
+from megatron_dgpo.rewards.pool import GraderPool
+from megatron_dgpo.rollout import server
+from megatron_dgpo.weights.architectures import Architecture, check_layout, read_architecture
+from megatron_dgpo.weights.load import check_weights
+
+
+def check(command: str, config: Config, world_size: int, checkpoint: Path | None, from_model: bool) -> None:
+    """Raise UsageError for the first thing that `command` could not work with; leaves nothing behind."""
+    architecture = _check_model(config)
+    check_layout(architecture, config.parallel, config.model.path)
+    _check_devices(world_size)
+    replicas = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    tokenizer = _load_tokenizer(config.model.path)
+    if command == "sft":
+        _divides(config, "sft.batch_size", config.sft.batch_size // replicas, config.sft.batch_size % replicas)
+        load_solutions(config, tokenizer)
+    else:
+        _check_rollouts(config, architecture)
+        GraderPool(config.reward.model_copy(update={"workers": 1})).close()
+        if config.data.eval:
+            load_prompts(config, config.data.eval, "data.eval", tokenizer)
+    if command == "train":
+        load_prompts(config, config.data.train, "data.train", tokenizer)
+        _check_step_sizes(config, replicas)
+    if command == "eval" and config.data.eval is None:
+        raise UsageError("data.eval is missing: give the file of problems to evaluate on")
+    _check_run_dir(config.run.dir)
+    found = checkpoint or newest(config.run.dir / "checkpoints")
+    if command == "eval" and from_model:
+        return
+    if command == "eval" and found is None:
+        raise UsageError(f"{config.run.dir}/checkpoints holds no checkpoint: give --checkpoint or --model")
+    if found:
+        manifest = read_manifest(found)
+        if manifest is None:
+            raise UsageError(f"{found} is not a checkpoint: it has no readable manifest.json")
+        check_architecture(found, manifest, architecture)
+
+
+def _check_model(config: Config) -> Architecture:
+    architecture = read_architecture(config.model.path)
+    check_weights(architecture, config.model.path)
+    if config.model.reference:
+        if read_architecture(config.model.reference) != architecture:
+            raise UsageError(
+                f"model.reference={config.model.reference} differs in architecture from model.path="
+                f"{config.model.path}: the reference shares the policy's layout"
+            )
+        check_weights(architecture, config.model.reference)
+    if config.rollout.context_tokens > architecture.max_positions:
+        raise UsageError(
+            f"rollout.context_tokens={config.rollout.context_tokens} is more than max_position_embeddings="
+            f"{architecture.max_positions} of {config.model.path}"
+        )
+    return architecture
+
+
+def _load_tokenizer(path: Path):
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        raise UsageError(f"{path} has no tokenizer that transformers can load: {error}") from None
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"the tokenizer of {path} has no end token (eos_token): responses could not end")
+    return tokenizer
+
+
+def _check_devices(world_size: int) -> None:
+    count = torch.cuda.device_count()
+    if count and world_size > count:
+        raise UsageError(f"parallel.tensor × pipeline × data = {world_size} ranks, but this machine has {count} GPUs")
+
+
+def _check_rollouts(config: Config, architecture: Architecture) -> None:
+    rollout = config.rollout
+    if rollout.max_response_tokens >= rollout.context_tokens:
+        raise UsageError(
+            f"rollout.max_response_tokens={rollout.max_response_tokens} leaves no room for a prompt in "
+            f"rollout.context_tokens={rollout.context_tokens}"
+        )
+    if architecture.num_attention_heads % rollout.tensor:
+        raise UsageError(
+            f"rollout.tensor={rollout.tensor} does not divide num_attention_heads={architecture.num_attention_heads}"
+        )
+    if rollout.replay and not rollout.replay.is_dir():
+        raise UsageError(f"rollout.replay={rollout.replay} is not a folder of recorded responses")
+    for address in rollout.addresses:
+        host = urlparse(address).hostname
+        if urlparse(address).scheme not in ("http", "https") or not host:
+            raise UsageError(f"rollout.addresses: '{address}' is not an address such as http://host:8000")
+        if server.transport(config) == "memfd" and not _is_loopback(host):
+            raise UsageError(
+                f"rollout.addresses: {address} is another machine, but rollout.transport=memfd shares memory with "
+                "servers of this one"
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_step_sizes(config: Config, replicas: int) -> None:
+    prompts, group = config.rollout.prompts_per_step, config.rollout.group_size
+    if prompts % replicas:
+        raise UsageError(
+            f"rollout.prompts_per_step={prompts} is not a multiple of the {replicas} data-parallel replicas"
+        )
+    rows = prompts // replicas * group
+    minibatches = config.batch.minibatches
+    if rows % minibatches:
+        raise UsageError(
+            f"batch.minibatches={minibatches} does not divide the {rows} responses of a replica (prompts_per_step × "
+            "group_size / replicas)"
+        )
+    _divides(config, "rollout.prompts_per_step × group_size / replicas / minibatches", rows // minibatches, 0)
+    if config.optimizer.warmup_steps >= config.run.steps * minibatches:
+        raise UsageError(
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} is not below the {config.run.steps * minibatches} "
+            "optimizer steps of the run"
+        )
+
+
+def _divides(config: Config, name: str, rows: int, rest: int) -> None:
+    """`rows` responses a replica and optimizer step must fill whole micro-batches and, interleaved, whole rounds."""
+    size = config.batch.micro_batch_size
+    if rest or rows == 0 or rows % size:
+        raise UsageError(f"{name} = {rows} is not a multiple of batch.micro_batch_size={size}; choose a divisor of it")
+    if config.parallel.chunks_per_stage > 1 and rows // size % config.parallel.pipeline:
+        raise UsageError(
+            f"an interleaved pipeline needs a multiple of parallel.pipeline={config.parallel.pipeline} micro-batches, "
+            f"and {name} gives {rows // size}; change batch.micro_batch_size"
+        )
+
+
+def _check_run_dir(folder: Path) -> None:
+    """Try to write there, and remove whatever that created."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    probe = existing / f".probe_{uuid.uuid4().hex}"
+    try:
+        if not existing.is_dir():
+            raise NotADirectoryError(f"{existing} is a file")
+        with probe.open("w"):
+            pass
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"run.dir={folder} cannot be written: {os.strerror(error.errno) if error.errno else error}"
+        ) from None

@@ -1,0 +1,157 @@
+"""Megatron shards back into full Hugging Face tensors: into shared memory, as a stream, or as a directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from safetensors.torch import save_file
+
+from megatron_dgpo.weights.architectures import Architecture
+from megatron_dgpo.weights.load import INDEX, SINGLE, named_shards, tensor_files
+from megatron_dgpo.weights.slices import shard_slices
+
+# Hugging Face's own limit for one safetensors file.
+_SHARD_BYTES = 5 * 10**9
+
+
+def write_slices(
+    chunks: list[torch.nn.Module], architecture: Architecture, destination: dict[str, torch.Tensor]
+) -> None:
+    """Copy what this rank holds into full Hugging Face tensors, cast to their dtype. Collectives: none.
+
+    All ranks of one data-parallel replica together write every element exactly once; other replicas write nothing.
+    """
+    if parallel_state.get_data_parallel_rank() != 0:
+        return
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    for name, parameter in named_shards(chunks):
+        # A tied head's copy is not in the table: the embedding is written once, by the first stage.
+        if name not in architecture.parameters or (architecture.parameters[name][0] == "copy" and rank):
+            continue
+        for part in shard_slices(architecture, name, rank, size):
+            part.of_full(destination[part.name]).copy_(part.of_shard(parameter.detach()))
+
+
+class FullTensors:
+    """A re-iterable stream of (Hugging Face name, full tensor), the same on every rank: vLLM's WeightSource protocol.
+
+    Iterating is collective over the replica: one all-gather over tensor-parallel ranks and one broadcast over the
+    pipeline for every Megatron parameter. At most one parameter is held in full at a time.
+    """
+
+    def __init__(self, chunks: list[torch.nn.Module], architecture: Architecture, dtype: torch.dtype) -> None:
+        """dtype: of the tensors given out. Collective: one object all-gather over the pipeline."""
+        self._architecture, self._dtype = architecture, dtype
+        self._shards = {name: p for name, p in named_shards(chunks) if name in architecture.parameters}
+        self._tp_size = parallel_state.get_tensor_model_parallel_world_size()
+        self._pipeline = parallel_state.get_pipeline_model_parallel_group()
+        held: list = [None] * dist.get_world_size(self._pipeline)
+        dist.all_gather_object(held, {n: tuple(p.shape) for n, p in self._shards.items()}, group=self._pipeline)
+        self._owners = {name: (stage, shape) for stage, names in enumerate(held) for name, shape in names.items()}
+
+    def metadata(self) -> list:
+        """vLLM's ParamMeta of every tensor, in the order of iteration."""
+        from vllm.distributed.weight_transfer.base import ParamMeta
+
+        shapes = self._architecture.hf_shapes
+        names = [name for _, *sources in self._architecture.parameters.values() for name in sources]
+        return [ParamMeta(name, self._dtype, shapes[name]) for name in names]
+
+    def held_names(self) -> None:
+        """All of them, on every rank."""
+        return None
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, (_, *sources) in self._architecture.parameters.items():
+            shards = self._gather(name)
+            full = {source: shards.new_empty(self._architecture.hf_shapes[source]) for source in sources}
+            for rank in range(self._tp_size):
+                for part in shard_slices(self._architecture, name, rank, self._tp_size):
+                    part.of_full(full[part.name]).copy_(part.of_shard(shards[rank]))
+            yield from full.items()
+
+    @torch.no_grad()
+    def _gather(self, name: str) -> torch.Tensor:
+        """[tp, ...] the shards of all tensor-parallel ranks."""
+        stage, shape = self._owners[name]
+        everything = torch.empty(self._tp_size, *shape, dtype=self._dtype, device=torch.cuda.current_device())
+        if name in self._shards:
+            shard = self._shards[name].detach().to(self._dtype).contiguous()
+            group = parallel_state.get_tensor_model_parallel_group()
+            dist.all_gather_into_tensor(everything.view(-1), shard.view(-1), group=group)
+        dist.broadcast(everything, group=self._pipeline, group_src=stage)
+        return everything
+
+
+def export_hf(
+    chunks: list[torch.nn.Module], architecture: Architecture, source_dir: Path, target: Path, dtype: torch.dtype
+) -> Path:
+    """Write a Hugging Face directory that appears complete or not at all; replaces one that is there.
+
+    Config, tokenizer and all other small files are those of source_dir. Collective over all ranks; global rank 0
+    writes, holding one file's tensors (5 GB) at a time.
+    """
+    partial = target.with_name(f".writing_{target.name}")
+    writer = dist.get_rank() == 0
+    if writer:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _copy_small_files(source_dir, partial, dtype)
+    tied_head = architecture.tied_embeddings and "lm_head.weight" in tensor_files(source_dir)
+    files: list[dict[str, torch.Tensor]] = [{}]
+    index: dict[str, int] = {}
+    size = total = 0
+    for name, tensor in FullTensors(chunks, architecture, dtype):
+        if not writer:
+            continue
+        copies = [name, "lm_head.weight"] if tied_head and name == "model.embed_tokens.weight" else [name]
+        for copy in copies:
+            if size and size + tensor.nbytes > _SHARD_BYTES:
+                _write_file(partial, files)
+                files.append({})
+                size = 0
+            files[-1][copy] = tensor.cpu().clone()
+            index[copy] = len(files)
+            size, total = size + tensor.nbytes, total + tensor.nbytes
+    if writer:
+        _write_file(partial, files)
+        _name_files(partial, index, len(files), total)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    dist.barrier()
+    return target
+
+
+def _write_file(folder: Path, files: list[dict[str, torch.Tensor]]) -> None:
+    save_file(files[-1], folder / f"part-{len(files):05d}.safetensors", metadata={"format": "pt"})
+    files[-1].clear()
+
+
+def _name_files(folder: Path, index: dict[str, int], count: int, total: int) -> None:
+    """The final names carry the number of files, which is known only at the end."""
+    names = {n: SINGLE if count == 1 else f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)}
+    for number, name in names.items():
+        (folder / f"part-{number:05d}.safetensors").rename(folder / name)
+    if count > 1:
+        content = {"metadata": {"total_size": total}, "weight_map": {t: names[n] for t, n in index.items()}}
+        (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _copy_small_files(source: Path, target: Path, dtype: torch.dtype) -> None:
+    for file in source.iterdir():
+        if file.is_file() and file.suffix not in (".safetensors", ".bin", ".pt", ".pth") and file.name != INDEX:
+            shutil.copy(file, target / file.name)
+    path = target / "config.json"
+    config = json.loads(path.read_text())
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    name = str(dtype).removeprefix("torch.")
+    # Untouched, and so identical byte by byte, unless the weights are of another type now.
+    if config.get(key) not in (name, None):
+        path.write_text(json.dumps(config | {key: name}, indent=2) + "\n")
