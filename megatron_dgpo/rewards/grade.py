@@ -76,7 +76,7 @@ def check_grader_name(name: str) -> None:
     if name in GRADERS or (module and function.isidentifier()):
         return
     near = difflib.get_close_matches(name, GRADERS, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near and not separator else ""
+    hint = f"; did you mean '{near[0]}'?" if near and not separator else "."
     raise UsageError(
         f"reward.grader={name}: unknown grader{hint} Use {', '.join(GRADERS)}, or write module:function for one of "
         "your own, for example my_rewards:score"
@@ -119,11 +119,10 @@ def _check_known_pairs(name: str) -> None:
     try:
         judged = [GRADERS[name](rf"so it is \boxed{{{given}}}", right, {}) for given in (right, wrong)]
     except Exception as error:
-        raise UsageError(
-            f"reward.grader={name} does not work here: {type(error).__name__}: {error}; {remedy}"
-        ) from None
+        found = f"{type(error).__name__}: {error}"
+        raise UsageError(f"reward.grader={name} does not work here: {found}; {remedy}") from None
     if judged != [1.0, 0.0]:
         raise UsageError(
-            f"reward.grader={name} does not work here: \\boxed{{{right}}} and \\boxed{{{wrong}}} for the answer {right} "
-            f"get {judged[0]:g} and {judged[1]:g} instead of 1 and 0; {remedy}"
+            f"reward.grader={name} does not work here: for the answer {right} the responses {right} and {wrong} get "
+            f"{judged[0]:g} and {judged[1]:g} instead of 1 and 0; {remedy}"
         )
