@@ -166,8 +166,7 @@ def _parquet_rows(path: Path, setting: str) -> list[tuple[str, dict]]:
     import pyarrow.parquet
 
     try:
-        # One file, whatever its folder is called: a dataset would add columns for parents named key=value.
-        table = pyarrow.parquet.ParquetFile(path).read()
+        table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
         raise UsageError(f"{setting}={path} is not a readable Parquet file: {error}") from None
     return [(f"{path}: row {number}", row) for number, row in enumerate(table.to_pylist(), 1)]

@@ -111,18 +111,17 @@ def load_grader(name: str) -> Grader:
 
 
 def _check_known_pairs(name: str) -> None:
-    # LaTeX is what needs math-verify's parser: with another antlr4 runtime than the one that it was generated for,
-    # every fraction grades 0 without a word while plain numbers still pass.
-    pairs = {"exact": ("18", "17"), "math": (r"\frac{1}{2}", "2")}
-    right, wrong = pairs[name]
+    # Fractions need math-verify's LaTeX parser: where it fails, every fraction not written alike grades 0 without a
+    # word, while plain numbers still pass.
+    answer, right, wrong = {"exact": ("18", "18", "17"), "math": (r"\frac{1}{2}", r"\frac{2}{4}", r"\frac{2}{5}")}[name]
     remedy = "install math-verify==0.9.0 with antlr4-python3-runtime==4.13.2"
     try:
-        judged = [GRADERS[name](rf"so it is \boxed{{{given}}}", right, {}) for given in (right, wrong)]
+        judged = [GRADERS[name](rf"so it is \boxed{{{response}}}", answer, {}) for response in (right, wrong)]
     except Exception as error:
         found = f"{type(error).__name__}: {error}"
         raise UsageError(f"reward.grader={name} does not work here: {found}; {remedy}") from None
     if judged != [1.0, 0.0]:
         raise UsageError(
-            f"reward.grader={name} does not work here: for the answer {right} the responses {right} and {wrong} get "
+            f"reward.grader={name} does not work here: for the answer {answer} the responses {right} and {wrong} get "
             f"{judged[0]:g} and {judged[1]:g} instead of 1 and 0; {remedy}"
         )

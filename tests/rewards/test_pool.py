@@ -171,6 +171,19 @@ def test_the_wrong_parser_runtime_is_noticed_at_the_start(tmp_path, monkeypatch)
         check_grader(Reward(grader="math"))
 
 
+def test_a_parser_that_fails_in_silence_is_noticed_at_the_start(tmp_path, monkeypatch):
+    # math-verify swallows whatever its LaTeX parser raises, and grades 0.
+    (tmp_path / "sitecustomize.py").write_text(
+        "from latex2sympy2_extended import latex2sympy2\n"
+        "def broken(*_, **__):\n"
+        "    raise RuntimeError('Could not deserialize ATN')\n"
+        "latex2sympy2.latex2sympy = broken\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(UsageError, match=r"reward.grader=math does not work here: .* get 0 and 0 instead of 1 and 0"):
+        check_grader(Reward(grader="math"))
+
+
 def _wait_for_end(pids: list[int]) -> None:
     deadline = time.monotonic() + 10
     while any(map(_alive, pids)):
