@@ -13,9 +13,9 @@ LAYOUTS = {
 }
 
 
-def make_config(model, parallel: dict | None = None, **sections) -> Config:
+def make_config(path, parallel: dict | None = None, **sections) -> Config:
     """Settings for a float32 model on the CPU; `sections` are dictionaries by name."""
-    settings = {"model": {"path": model, "dtype": "float32"}, "data": {"train": "unused"}, "parallel": parallel or {}}
+    settings = {"model": {"path": path, "dtype": "float32"}, "data": {"train": "unused"}, "parallel": parallel or {}}
     for name, values in sections.items():
         settings[name] = {**settings.get(name, {}), **values}
     return Config.model_validate(settings)

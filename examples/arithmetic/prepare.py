@@ -1,7 +1,7 @@
 """Make the data and the untrained model of the arithmetic example.
 
-A problem is a sum of two numbers; its solution works digit by digit from the right, each line `column: a+b+carry=sum`,
-and ends in `#### result`. Held-out problems do not occur in the training files.
+A problem is a sum of two four-digit numbers; its solution works column by column from the right, a line
+`digit+digit+carry=sum` each, and ends in `#### result`. Held-out problems do not occur in the training files.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-CHARACTERS = "0123456789+-*= #\n,"
-DIGITS = (3, 4, 5)
+CHARACTERS = "0123456789+= #\n"
+DIGITS = 4
 SFT_PROBLEMS, TRAIN_PROBLEMS, HELD_OUT_PROBLEMS = 8192, 8192, 512
 
 
 def solve(a: int, b: int) -> str:
     """The working of a + b, written out."""
-    lines, carry, place = [], 0, 1
-    while a >= place or b >= place:
-        x, y = a // place % 10, b // place % 10
-        lines.append(f"{x}+{y}+{carry}={x + y + carry}")
-        carry, place = (x + y + carry) // 10, place * 10
+    lines, carry = [], 0
+    for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
+        total = int(x) + int(y) + carry
+        lines.append(f"{x}+{y}+{carry}={total}")
+        carry = total // 10
     return "\n".join([*lines, f"#### {a + b}"])
 
 
@@ -35,8 +35,7 @@ def make_problems(count: int, seed: int) -> list[dict]:
     generator = random.Random(seed)
     problems: dict[str, dict] = {}
     while len(problems) < count:
-        digits = generator.choice(DIGITS)
-        a, b = (generator.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
+        a, b = (generator.randrange(10 ** (DIGITS - 1), 10**DIGITS) for _ in range(2))
         problems[f"{a}+{b}\n"] = {"question": f"{a}+{b}\n", "answer": str(a + b), "response": solve(a, b)}
     return list(problems.values())
 
@@ -56,8 +55,8 @@ def make_model(seed: int) -> Qwen2ForCausalLM:
     config = Qwen2Config(
         vocab_size=len(CHARACTERS) + 2,
         hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=5,
+        intermediate_size=768,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,

@@ -29,7 +29,12 @@ class HiddenStatesModel(GPTModel):
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             return gather_from_sequence_parallel_region(hidden_states, group=group)
-        return copy_to_tensor_model_parallel_region(hidden_states, group=group)
+        replicated = copy_to_tensor_model_parallel_region(hidden_states, group=group)
+        if replicated.requires_grad:
+            # Megatron reduces a contiguous copy of the gradient and returns the original: one that is not
+            # contiguous, as packing makes it, would come back unreduced.
+            replicated.register_hook(torch.Tensor.contiguous)
+        return replicated
 
     @property
     def head_weight(self) -> torch.nn.Parameter:
@@ -67,6 +72,9 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.chunks_per_stage if parallel.chunks_per_stage > 1 else None,
+        # Batched, the two messages that an interleaved pipeline of two stages exchanges at once could swap places.
+        overlap_p2p_comm=parallel.chunks_per_stage > 1,
+        batch_p2p_comm=parallel.chunks_per_stage == 1,
         sequence_parallel=parallel.sequence,
         recompute_granularity=None if model.recompute == "none" else model.recompute,
         recompute_method="uniform" if model.recompute == "full" else None,

@@ -1,0 +1,51 @@
+"""DGPO written a second time: transformers and plain PyTorch in float64, one process, nothing shared with the package.
+
+Only the definition of design.md §1 (arXiv 2605.03327) is followed; loops over responses, no packing, no chunks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM
+
+
+@dataclass
+class Oracle:
+    loss: float
+    weights: list[torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+
+
+def dense_step(policy_dir, reference_dir, rows, algorithm, temperature, vocab_size) -> Oracle:
+    """One optimizer step's loss, credit weights and gradients. rows: (prompt, response, advantage, old log-probs)."""
+    policy = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float64)
+    reference = AutoModelForCausalLM.from_pretrained(reference_dir, dtype=torch.float64)
+    total, weights = torch.zeros((), dtype=torch.float64), []
+    num_tokens = sum(len(response) for _, response, _, _ in rows)
+    for prompt, response, advantage, old in rows:
+        ids = torch.tensor([[*prompt, *response]])
+        place = slice(len(prompt) - 1, -1)
+        log_pi = torch.log_softmax(policy(ids).logits[0, place] / temperature, -1)
+        with torch.no_grad():
+            log_rho = torch.log_softmax(reference(ids).logits[0, place] / temperature, -1)
+        chosen = log_pi.gather(-1, torch.tensor(response)[:, None])[:, 0]
+        entropy = -(log_pi.exp() * log_pi).sum(-1)
+        w = torch.ones(len(response), dtype=torch.float64)
+        if algorithm.credit == "distribution_guided":
+            d = 1 - (log_pi.exp() * log_rho.exp()).sqrt().sum(-1)
+            largest = math.log(vocab_size) if algorithm.entropy_norm == "log_vocab" else entropy.max()
+            s = d.clamp(min=0) * (entropy / largest) ** algorithm.kappa
+            w = (len(response) * torch.softmax(s / algorithm.tau, 0)).detach()
+        weights.append(w)
+        old = chosen.detach() if old is None else torch.tensor(old, dtype=torch.float64)
+        ratio = (chosen - old).exp()
+        clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
+        token_loss = -torch.minimum(ratio * advantage * w, clipped * advantage * w)
+        token_loss = token_loss - algorithm.entropy_bonus * entropy
+        by_tokens = algorithm.aggregation == "token_mean"
+        total = total + (token_loss.sum() / num_tokens if by_tokens else token_loss.mean() / len(rows))
+    total.backward()
+    return Oracle(total.item(), weights, {name: p.grad for name, p in policy.named_parameters()})
