@@ -97,7 +97,9 @@ class Experience:
     def _grade(self, samples: list[Sample]) -> list[Scored]:
         texts = self._tokenizer.batch_decode([s.token_ids for s in samples], skip_special_tokens=True)
         samples = [dataclasses.replace(s, text=text) for s, text in zip(samples, texts, strict=True)]
-        scores = self._graders.score([(s.text, s.prompt.answer, s.prompt.row) for s in samples])
+        scores = self._graders.score(
+            [(s.text, s.prompt.answer, s.prompt.row) for s in samples], [s.prompt.index for s in samples]
+        )
         return [Scored(s, score.reward, score.failure) for s, score in zip(samples, scores, strict=True)]
 
     def _file(self, step: int, replica: int) -> Path:

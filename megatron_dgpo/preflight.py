@@ -14,7 +14,7 @@ from megatron_dgpo.config import Config
 from megatron_dgpo.data import load_prompts, load_solutions
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.manifest import check_architecture, newest, read_manifest
-from megatron_dgpo.rewards.pool import GraderPool
+from megatron_dgpo.rewards.pool import check_grader
 from megatron_dgpo.rollout import server
 from megatron_dgpo.weights.architectures import Architecture, check_layout, read_architecture
 from megatron_dgpo.weights.load import check_weights
@@ -32,7 +32,7 @@ def check(command: str, config: Config, world_size: int, checkpoint: Path | None
         load_solutions(config, tokenizer)
     else:
         _check_rollouts(config, architecture)
-        GraderPool(config.reward.model_copy(update={"workers": 1})).close()
+        check_grader(config.reward)
         if config.data.eval:
             load_prompts(config, config.data.eval, "data.eval", tokenizer)
     if command == "train":

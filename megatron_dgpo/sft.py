@@ -42,10 +42,10 @@ def sft(config: Config) -> None:
             recent.append(metrics["policy/loss"])
             good_enough = len(recent) == _AVERAGED_STEPS and sum(recent) / len(recent) < (config.sft.stop_loss or 0)
             done = progress.step == config.sft.steps or good_enough
+            session.log.write(progress.step, metrics)
             if done or progress.step % config.checkpoint.every == 0:
                 with session.log.phase("checkpoint"):
                     session.save(progress)
-            session.log.write(progress.step, metrics)
         session.export()
 
 

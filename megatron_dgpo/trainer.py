@@ -53,10 +53,11 @@ def train(config: Config) -> None:
             if last or (config.eval.every and step % config.eval.every == 0):
                 with log.phase("eval"):
                     metrics |= evaluate(session, held_out, step)
+            # Written before the checkpoint: a kill between the two repeats the step, and its row is replaced.
+            log.write(step, metrics)
             if last or step % config.checkpoint.every == 0:
                 with log.phase("checkpoint"):
                     session.save(progress)
-            log.write(step, metrics)
         session.export()
 
 

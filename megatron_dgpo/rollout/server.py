@@ -79,9 +79,20 @@ def command(config: Config, port: int, host: str = "127.0.0.1") -> list[str]:
         *(
             ("--gpu-memory-utilization", str(rollout.gpu_memory_fraction))
             if on_gpu
-            else ("--kv-cache-memory-bytes", str(rollout.memory_bytes))
+            else _cpu_options(config)
         ),
     ]
+
+
+def _cpu_options(config: Config) -> tuple[str, ...]:
+    rollout = config.rollout
+    # A prompt that is split over two steps makes vLLM rewind the request's random generator, which those of a CPU
+    # cannot do: it ends the server (vLLM 0.32). So prompts are never split.
+    longest = str(max(rollout.context_tokens, 8192))
+    return (
+        *("--kv-cache-memory-bytes", str(rollout.memory_bytes)),
+        *("--no-enable-chunked-prefill", "--max-num-batched-tokens", longest),
+    )
 
 
 def environment(config: Config, index: int) -> dict[str, str]:
