@@ -185,8 +185,6 @@ class Sft(Section):
     steps: PositiveInt = 100
     batch_size: PositiveInt = 64
     """Sequences per optimizer step."""
-    stop_loss: PositiveFloat | None = None
-    """End early once the loss, averaged over the last 8 steps, is below this."""
 
 
 class Config(Section):

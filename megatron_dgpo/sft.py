@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 import torch
 from megatron.core import parallel_state
 
@@ -13,9 +11,6 @@ from megatron_dgpo.manifest import Progress
 from megatron_dgpo.session import Session
 from megatron_dgpo.statistics import token_statistics
 
-_AVERAGED_STEPS = 8
-
-
 def sft(config: Config) -> None:
     """Fine-tune for `sft.steps`, or continue doing so, and write `run.dir/hf`. Collective: called by every rank."""
     with Session(config, "sft", config.sft.steps) as session:
@@ -24,9 +19,7 @@ def sft(config: Config) -> None:
         loss = _mean_negative_logprob(session.architecture.vocab_size)
         progress = session.restore()
         session.log.start(progress.step, config.sft.steps)
-        recent: deque[float] = deque(maxlen=_AVERAGED_STEPS)
-        done = progress.step >= config.sft.steps
-        while not done:
+        while progress.step < config.sft.steps:
             with session.log.phase("policy"):
                 rows = [solutions[i] for i in order.take(progress.prompts, config.sft.batch_size, *session.replica)]
                 batch = session.make_batch([row.prompt_ids for row in rows], [row.response_ids for row in rows])
@@ -39,11 +32,8 @@ def sft(config: Config) -> None:
                 "policy/lr": result.lr,
                 "rollout/tokens": result.metrics["tokens"],
             }
-            recent.append(metrics["policy/loss"])
-            good_enough = len(recent) == _AVERAGED_STEPS and sum(recent) / len(recent) < (config.sft.stop_loss or 0)
-            done = progress.step == config.sft.steps or good_enough
             session.log.write(progress.step, metrics)
-            if done or progress.step % config.checkpoint.every == 0:
+            if progress.step == config.sft.steps or progress.step % config.checkpoint.every == 0:
                 with session.log.phase("checkpoint"):
                     session.save(progress)
         session.export()

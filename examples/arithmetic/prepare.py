@@ -1,7 +1,9 @@
 """Make the data and the untrained model of the arithmetic example.
 
-A problem is a sum of two four-digit numbers; its solution works column by column from the right, a line
-`digit+digit+carry=sum` each, and ends in `#### result`. Held-out problems do not occur in the training files.
+A problem is a sum of two three-digit numbers; its solution works column by column from the right, a line
+`digit+digit+carry=sum` each, and ends in `#### result`. The solutions for the warm-up come from a careless pupil who
+often forgets a carry, so that a model that imitates them is mediocre in a way that it can find out by itself.
+Held-out problems do not occur in the training files.
 """
 
 from __future__ import annotations
@@ -16,18 +18,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 CHARACTERS = "0123456789+= #\n"
-DIGITS = 4
+DIGITS = 3
+FORGETS = 0.65  # of the carries; above one half, so that greedy decoding forgets them too
 SFT_PROBLEMS, TRAIN_PROBLEMS, HELD_OUT_PROBLEMS = 8192, 8192, 512
 
 
-def solve(a: int, b: int) -> str:
-    """The working of a + b, written out."""
-    lines, carry = [], 0
+def solve(a: int, b: int, pupil: random.Random) -> str:
+    """A careless working of a + b: right but for the carries that are forgotten."""
+    lines, carry, result = [], 0, ""
     for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
+        if carry and pupil.random() < FORGETS:
+            carry = 0
         total = int(x) + int(y) + carry
         lines.append(f"{x}+{y}+{carry}={total}")
-        carry = total // 10
-    return "\n".join([*lines, f"#### {a + b}"])
+        carry, result = total // 10, f"{total % 10}{result}"
+    return "\n".join([*lines, f"#### {carry or ''}{result}"])
 
 
 def make_problems(count: int, seed: int) -> list[dict]:
@@ -36,7 +41,7 @@ def make_problems(count: int, seed: int) -> list[dict]:
     problems: dict[str, dict] = {}
     while len(problems) < count:
         a, b = (generator.randrange(10 ** (DIGITS - 1), 10**DIGITS) for _ in range(2))
-        problems[f"{a}+{b}\n"] = {"question": f"{a}+{b}\n", "answer": str(a + b), "response": solve(a, b)}
+        problems[f"{a}+{b}\n"] = {"question": f"{a}+{b}\n", "answer": str(a + b), "response": solve(a, b, generator)}
     return list(problems.values())
 
 

@@ -1,0 +1,247 @@
+"""Bad input: one clear message, a failing exit status, nothing started and nothing left behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from megatron_dgpo.cli import main
+from tests.tiny_models import make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", "llama")
+
+
+@pytest.fixture
+def case(tmp_path, model, monkeypatch):
+    """A working set of settings to spoil; `fails(expected, ...)` runs a command on it."""
+    return Case(tmp_path, model)
+
+
+class Case:
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.model = folder, model
+        self.data = folder / "problems.jsonl"
+        self.data.write_text('{"question": "1+1", "answer": "2"}\n{"question": "2+2", "answer": "4"}\n')
+        self.settings = {
+            "run": {"dir": str(folder / "run")},
+            "model": {"path": str(model), "dtype": "float32"},
+            "rollout": {"context_tokens": 32, "max_response_tokens": 16, "prompts_per_step": 2, "group_size": 2},
+            "data": {"train": str(self.data), "eval": str(self.data)},
+            "reward": {"grader": "exact"},
+        }
+
+    def copy_model(self) -> Path:
+        """A copy of the model that may be spoilt; the settings point to it."""
+        copy = self.folder / "model"
+        copy.mkdir()
+        for file in self.model.iterdir():
+            (copy / file.name).write_bytes(file.read_bytes())
+        self.settings["model"]["path"] = str(copy)
+        return copy
+
+    def edit_config(self, folder: Path, **changes) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    def fails(self, capsys, expected: list[str], *overrides: str, command: str = "train") -> None:
+        config = self.folder / "config.yaml"
+        config.write_text(yaml.safe_dump(self.settings))
+        before = {str(path) for path in self.folder.rglob("*")}
+        assert main([command, str(config), *overrides]) == 2
+        message = capsys.readouterr().err
+        for part in expected:
+            assert part in message, message
+        assert "Traceback" not in message
+        assert len(message.strip().splitlines()) == 1, message
+        assert {str(path) for path in self.folder.rglob("*")} == before
+
+
+def test_unknown_setting_names_the_nearest(case, capsys):
+    case.fails(capsys, ["algorithm.tua", "did you mean 'algorithm.tau'"], "algorithm.tua=1")
+
+
+def test_unknown_section(case, capsys):
+    case.fails(capsys, ["'algoritm'", "'algorithm'"], "algoritm.tau=1")
+
+
+def test_value_out_of_range(case, capsys):
+    case.fails(capsys, ["algorithm.tau", "-1"], "algorithm.tau=-1")
+
+
+def test_override_without_a_section(case, capsys):
+    case.fails(capsys, ["tau=1", "section.name=value"], "tau=1")
+
+
+def test_missing_setting(case, capsys):
+    del case.settings["data"]["train"]
+    case.fails(capsys, ["data.train", "missing"])
+
+
+def test_config_file_missing(tmp_path, capsys):
+    assert main(["train", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml: no such config file" in capsys.readouterr().err
+
+
+def test_tensor_parallel_does_not_divide_the_heads(case, capsys):
+    case.fails(
+        capsys, ["parallel.tensor=3 does not divide num_attention_heads=4", "use 1 or 2"], "parallel.tensor=3"
+    )
+
+
+def test_pipeline_does_not_divide_the_layers(case, capsys):
+    case.fails(capsys, ["num_hidden_layers=4", "use 1, 2 or 4"], "parallel.pipeline=3")
+
+
+def test_interleaving_without_a_pipeline(case, capsys):
+    case.fails(capsys, ["parallel.chunks_per_stage=2"], "parallel.chunks_per_stage=2")
+
+
+def test_sequence_parallelism_without_tensor_parallelism(case, capsys):
+    case.fails(capsys, ["parallel.sequence"], "parallel.sequence=true")
+
+
+def test_world_size_that_the_parallel_sizes_do_not_fill(case):
+    """Ranks that torchrun started: three of them for two tensor-parallel ranks."""
+    config = case.folder / "config.yaml"
+    config.write_text(yaml.safe_dump(case.settings))
+    environment = os.environ | {
+        "RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"
+    }  # fmt: skip
+    command = [sys.executable, "-m", "megatron_dgpo.cli", "train", str(config), "parallel.tensor=2"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert "parallel.tensor=2 × parallel.pipeline=1 = 2 ranks do not fill 3 ranks" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_model_directory_missing(case, capsys):
+    case.settings["model"]["path"] = str(case.folder / "nowhere")
+    case.fails(capsys, ["nowhere", "does not exist"])
+
+
+def test_model_without_config(case, capsys):
+    (case.copy_model() / "config.json").unlink()
+    case.fails(capsys, ["config.json is missing"])
+
+
+def test_model_without_weights(case, capsys):
+    (case.copy_model() / "model.safetensors").unlink()
+    case.fails(capsys, ["neither model.safetensors nor"])
+
+
+def test_model_without_tokenizer(case, capsys):
+    folder = case.copy_model()
+    for file in folder.glob("token*"):
+        file.unlink()
+    case.fails(capsys, ["no tokenizer"])
+
+
+def test_model_file_cut_short(case, capsys):
+    path = case.copy_model() / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    case.fails(capsys, ["model.safetensors is damaged or cut short"])
+
+
+def test_model_that_lacks_a_tensor(case, capsys):
+    path = case.copy_model() / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, path)
+    case.fails(capsys, ["model.layers.2.mlp.up_proj.weight is missing"])
+
+
+def test_model_with_a_misshapen_tensor(case, capsys):
+    path = case.copy_model() / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.2.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, path)
+    case.fails(capsys, [name, "[95, 64]", "[96, 64]"])
+
+
+def test_unsupported_architecture(case, capsys):
+    case.edit_config(case.copy_model(), architectures=["GPT2LMHeadModel"])
+    case.fails(capsys, ["GPT2LMHeadModel is not supported", "Qwen2ForCausalLM"])
+
+
+def test_unsupported_rope(case, capsys):
+    case.edit_config(case.copy_model(), rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
+    case.fails(capsys, ["rope type yarn"])
+
+
+def test_row_that_is_not_json(case, capsys):
+    case.data.write_text(case.data.read_text() + "{question: 3}\n")
+    case.fails(capsys, ["problems.jsonl:3", "not JSON"])
+
+
+def test_row_that_lacks_a_field(case, capsys):
+    case.data.write_text(case.data.read_text() + '{"question": "1"}\n')
+    case.fails(capsys, ["problems.jsonl:3", "'answer'"])
+
+
+def test_prompt_longer_than_the_context(case, capsys):
+    case.data.write_text(json.dumps({"question": "1" * 40, "answer": "2"}) + "\n")
+    case.fails(capsys, ["problems.jsonl:1", "40", "16"])
+
+
+def test_context_longer_than_the_model(case, capsys):
+    case.fails(capsys, ["rollout.context_tokens=300", "256"], "rollout.context_tokens=300")
+
+
+def test_empty_data_set(case, capsys):
+    case.data.write_text("")
+    case.fails(capsys, ["problems.jsonl"])
+
+
+def test_data_file_missing(case, capsys):
+    case.settings["data"]["train"] = str(case.folder / "problem.jsonl")
+    case.fails(capsys, ["problem.jsonl", "problems.jsonl"])
+
+
+def test_output_that_cannot_be_written(case, capsys):
+    case.settings["run"]["dir"] = str(case.data / "run")
+    case.fails(capsys, ["run.dir", "cannot be written"])
+
+
+def test_unknown_grader(case, capsys):
+    case.fails(capsys, ["reward.grader", "exact"], "reward.grader=exakt")
+
+
+def test_grader_that_cannot_be_imported(case, capsys):
+    case.fails(capsys, ["no_such_module"], "reward.grader=no_such_module:f")
+
+
+def test_responses_do_not_fill_micro_batches(case, capsys):
+    case.fails(capsys, ["batch.micro_batch_size=3"], "batch.micro_batch_size=3")
+
+
+def test_server_on_another_machine_cannot_share_memory(case, capsys):
+    case.fails(capsys, ["http://10.0.0.1:8000", "memfd"], "rollout.addresses=['http://10.0.0.1:8000']")
+
+
+def test_checkpoint_of_another_model(case, capsys):
+    from dataclasses import asdict
+
+    from megatron_dgpo.weights.architectures import read_architecture
+
+    folder = case.folder / "run" / "checkpoints" / "step_00000003"
+    folder.mkdir(parents=True)
+    theirs = asdict(read_architecture(case.model)) | {"num_layers": 8}
+    (folder / "manifest.json").write_text(json.dumps({"progress": {}, "architecture": theirs, "files": {}}))
+    case.fails(capsys, ["step_00000003", "another model", "num_layers is 8 there and 4 in model.path"])
+
+
+def test_eval_without_a_checkpoint(case, capsys):
+    case.fails(capsys, ["no checkpoint", "--model"], command="eval")
+
+
+def test_sft_without_data(case, capsys):
+    case.fails(capsys, ["sft.data"], command="sft")
