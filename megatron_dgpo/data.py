@@ -21,6 +21,24 @@ class Solution:
     response_ids: list[int]
 
 
+def load_tokenizer(model_dir: Path):
+    """The tokenizer of a Hugging Face directory, exactly as its tokenizer.json describes it.
+
+    transformers' AutoTokenizer goes by the model's type instead and, for a Qwen2 model with a tokenizer of its own,
+    builds Qwen2's splitting rules around the foreign vocabulary.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    has_own = (model_dir / "tokenizer.json").is_file()
+    try:
+        tokenizer = (PreTrainedTokenizerFast if has_own else AutoTokenizer).from_pretrained(model_dir)
+    except Exception as error:
+        raise UsageError(f"{model_dir} has no tokenizer that transformers can load: {error}") from None
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"the tokenizer of {model_dir} has no end token (eos_token): responses could not end")
+    return tokenizer
+
+
 def load_prompts(config: Config, path: Path, setting: str, tokenizer) -> list[Prompt]:
     """The problems of a file; `setting` is the one that names it.
 

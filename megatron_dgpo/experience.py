@@ -52,8 +52,6 @@ class Experience:
     def __exit__(self, *_) -> None:
         if self._graders:
             self._graders.close()
-        if self.engines:
-            self.engines.close()
 
     def sample(self, prompts: list[Prompt], step: int) -> list[Scored]:
         """`group_size` responses to each of this replica's prompts, groups consecutive, for training step `step`.

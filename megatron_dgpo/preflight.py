@@ -11,7 +11,7 @@ from urllib.parse import urlparse
 import torch
 
 from megatron_dgpo.config import Config
-from megatron_dgpo.data import load_prompts, load_solutions
+from megatron_dgpo.data import load_prompts, load_solutions, load_tokenizer
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.manifest import check_architecture, newest, read_manifest
 from megatron_dgpo.rewards.pool import check_grader
@@ -26,7 +26,7 @@ def check(command: str, config: Config, world_size: int, checkpoint: Path | None
     check_layout(architecture, config.parallel, config.model.path)
     _check_devices(world_size)
     replicas = world_size // (config.parallel.tensor * config.parallel.pipeline)
-    tokenizer = _load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model.path)
     if command == "sft":
         _divides(config, "sft.batch_size", config.sft.batch_size // replicas, config.sft.batch_size % replicas)
         load_solutions(config, tokenizer)
@@ -69,18 +69,6 @@ def _check_model(config: Config) -> Architecture:
             f"{architecture.max_positions} of {config.model.path}"
         )
     return architecture
-
-
-def _load_tokenizer(path: Path):
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:
-        raise UsageError(f"{path} has no tokenizer that transformers can load: {error}") from None
-    if tokenizer.eos_token_id is None:
-        raise UsageError(f"the tokenizer of {path} has no end token (eos_token): responses could not end")
-    return tokenizer
 
 
 def _check_devices(world_size: int) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from transformers import AutoTokenizer
 
 from megatron_dgpo import checkpoint
 from megatron_dgpo.batch import Batch
 from megatron_dgpo.config import Config
+from megatron_dgpo.data import load_tokenizer
 from megatron_dgpo.experience import Experience
 from megatron_dgpo.manifest import Progress
 from megatron_dgpo.metrics import MetricsLog
@@ -53,7 +53,7 @@ class Session(contextlib.ExitStack):
         initialize_parallel(config.parallel, config.run.seed)
         self.replica = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         self.architecture = read_architecture(config.model.path)
-        self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        self.tokenizer = load_tokenizer(config.model.path)
         self.policy = Policy(config, self.architecture, optimizer_steps)
         load_weights(
             self.policy.modules,

@@ -79,7 +79,6 @@ class Live:
         return True
 
     def close(self):
-        self.engines.close()
         process.stop(self.children)
 
 
