@@ -1,0 +1,123 @@
+"""Advantages, credit and policy loss against loops over single numbers, and the method's invariants."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_dgpo.algorithm.advantages import group_advantages
+from megatron_dgpo.algorithm.credit import credit_concentration, credit_weights, gated_scores
+from megatron_dgpo.algorithm.policy_loss import aggregate, ppo_clip
+
+LENGTHS = [5, 1, 0, 12, 200]
+CU = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()])
+N = sum(LENGTHS)
+
+
+def scores(seed=0):
+    return torch.rand(N, generator=torch.Generator().manual_seed(seed))
+
+
+def test_group_advantages():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.5, 0.5, 0.5, 0.5])
+    got = group_advantages(rewards, 4, "mean_std", 1e-6)
+    assert got[:4].tolist() == pytest.approx([1, -1, -1, 1], rel=1e-4)
+    assert got[4:].tolist() == [0, 0, 0, 0]
+    assert group_advantages(rewards, 4, "mean", 1e-6)[:4].tolist() == [0.5, -0.5, -0.5, 0.5]
+
+
+@pytest.mark.parametrize("tau", [0.01, 0.5, 10.0])
+def test_weights_are_each_response_s_own_softmax(tau):
+    got = credit_weights(scores(), CU, tau)
+    for start, stop in zip(CU[:-1], CU[1:], strict=True):
+        expected = (stop - start) * torch.softmax(scores()[start:stop].double() / tau, 0)
+        torch.testing.assert_close(got[start:stop].double(), expected, rtol=1e-5, atol=1e-6)
+        assert got[start:stop].sum().item() == pytest.approx((stop - start).item(), rel=1e-5)
+
+
+def test_equal_scores_give_equal_weights():
+    """π = ρ: all distances are 0, whatever the entropies; step 0 is GRPO."""
+    zero = gated_scores(torch.zeros(N), scores(), CU, kappa=1.0, vocab_size=50, entropy_norm="log_vocab")
+    assert torch.equal(credit_weights(zero, CU, 0.5), torch.ones(N))
+
+
+def test_large_tau_is_grpo():
+    torch.testing.assert_close(credit_weights(scores(), CU, 1e6), torch.ones(N), rtol=0, atol=1e-5)
+
+
+def test_tiny_tau_gives_all_to_the_best_token():
+    weights = credit_weights(scores(), CU, 1e-6)
+    assert torch.isfinite(weights).all()
+    last = weights[CU[-2] :]
+    assert last.max().item() == pytest.approx(200) and last.argmax() == scores()[CU[-2] :].argmax()
+
+
+def test_gate():
+    distance, entropy = scores(1), scores(2) * 3
+    plain = dict(vocab_size=50, entropy_norm="log_vocab")
+    torch.testing.assert_close(
+        gated_scores(distance, entropy, CU, kappa=2.0, **plain), distance * (entropy / math.log(50)) ** 2
+    )
+    assert torch.equal(gated_scores(distance, entropy, CU, kappa=0.0, **plain), distance)
+    by_response = gated_scores(distance, entropy, CU, kappa=1.0, vocab_size=50, entropy_norm="response_max")
+    for start, stop in zip(CU[:-1], CU[1:], strict=True):
+        if stop > start:
+            expected = distance[start:stop] * entropy[start:stop] / entropy[start:stop].max()
+            torch.testing.assert_close(by_response[start:stop], expected)
+    certain = gated_scores(distance, torch.zeros(N), CU, kappa=1.0, vocab_size=50, entropy_norm="response_max")
+    assert torch.equal(certain, torch.zeros(N))
+
+
+def test_concentration():
+    uniform = credit_concentration(torch.ones(N), CU)
+    filled = torch.tensor([length > 0 for length in LENGTHS])
+    torch.testing.assert_close(uniform["effective_share"], filled.float())
+    torch.testing.assert_close(uniform["max_weight"], filled.float())
+    torch.testing.assert_close(uniform["top10_share"], torch.tensor([1 / 5, 1, 0, 2 / 12, 20 / 200]))
+    torch.testing.assert_close(uniform["top1_share"], torch.tensor([1 / 5, 1, 0, 1 / 12, 2 / 200]))
+    weights = credit_weights(scores(), CU, 0.05)
+    got = credit_concentration(weights, CU)
+    for row, (start, stop) in enumerate(zip(CU[:-1], CU[1:], strict=True)):
+        part = weights[start:stop].sort(descending=True).values
+        if len(part):
+            assert got["effective_share"][row].item() == pytest.approx(
+                (part.sum() ** 2 / (len(part) * (part**2).sum())).item(), rel=1e-4
+            )
+            for name, share in (("top1_share", 0.01), ("top10_share", 0.1)):
+                expected = part[: math.ceil(share * len(part))].sum() / part.sum()
+                assert got[name][row].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def naive_ppo(ratio, advantage, low, high):
+    return -min(ratio * advantage, max(min(ratio, 1 + high), 1 - low) * advantage)
+
+
+@pytest.mark.parametrize("low, high", [(0.2, 0.2), (0.1, 0.4), (0.0, 0.0)])
+def test_ppo_clip(low, high):
+    ratios = torch.tensor([0.3, 0.85, 1.0, 1.15, 1.3, 3.0])
+    for advantage in (-1.5, 0.0, 2.0):
+        logprobs = (ratios.log() - 2).requires_grad_()
+        advantages = torch.full_like(ratios, advantage)
+        loss, clipped_low, clipped_high = ppo_clip(logprobs, torch.full_like(ratios, -2.0), advantages, low, high)
+        expected = [naive_ppo(r, advantage, low, high) for r in ratios.tolist()]
+        assert loss.tolist() == pytest.approx(expected, rel=1e-5)
+        loss.sum().backward()
+        cut_off = clipped_low | clipped_high
+        assert (logprobs.grad[cut_off] == 0).all()
+        assert torch.equal(clipped_low, (ratios < 1 - low) & (advantages < 0))
+        assert torch.equal(clipped_high, (ratios > 1 + high) & (advantages > 0))
+
+
+def test_aggregation_adds_up_over_micro_batches():
+    values = scores(5)
+    parts = [values[a:b] for a, b in zip(CU[:-1], CU[1:], strict=True)]
+    total, count = aggregate(values, CU, "token_mean")
+    assert (total / count).item() == pytest.approx(values.mean().item(), rel=1e-5)
+    total, count = aggregate(values, CU, "sequence_mean")
+    expected = sum(part.mean().item() for part in parts if len(part)) / len(parts)
+    assert (total / count).item() == pytest.approx(expected, rel=1e-5)
+    for how in ("token_mean", "sequence_mean"):
+        split = [aggregate(part, torch.tensor([0, len(part)]), how) for part in parts]
+        whole = aggregate(values, CU, how)
+        assert sum(s.item() for s, _ in split) == pytest.approx(whole[0].item(), rel=1e-5)
+        assert sum(c.item() for _, c in split) == whole[1].item()

@@ -1,0 +1,226 @@
+"""Checkpoints: the same run after a kill, whatever was half-written."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from megatron_dgpo.manifest import candidates
+from megatron_dgpo.metrics import read_metrics
+from tests.layouts import LAYOUTS
+from tests.tiny_models import make_tiny_model
+
+STEPS = 4
+RESPONSES = 4
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A tiny model, problems, and rollouts of a pretended earlier run: replay needs no server."""
+    folder = tmp_path_factory.mktemp("recorded")
+    make_tiny_model(folder / "model", "qwen2", num_hidden_layers=4)
+    problems = [{"question": f"{i}+{i}", "answer": str(2 * i)} for i in range(8)]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    generator = torch.Generator().manual_seed(0)
+    (folder / "rollouts").mkdir()
+    for step in range(1, STEPS + 1):
+        rows = []
+        for prompt in range(8):
+            for place in range(RESPONSES):
+                length = 3 + (prompt + place + step) % 6
+                tokens = torch.randint(3, 131, (length,), generator=generator).tolist()
+                rows.append(
+                    dict(
+                        prompt=prompt,
+                        token_ids=tokens,
+                        logprobs=[-4.0] * length,
+                        finish_reason="stop",
+                        weight_version=step - 1,
+                        text="",
+                        reward=float((prompt + place) % 3 == 0),
+                        failure=None,
+                    )
+                )
+        (folder / "rollouts" / f"step_{step:08d}.0.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def write_config(recorded: Path, run_dir: Path, parallel: dict, **sections) -> Path:
+    settings = {
+        "run": {"dir": str(run_dir), "steps": STEPS},
+        "model": {"path": str(recorded / "model"), "dtype": "float32"},
+        "parallel": parallel,
+        "batch": {"micro_batch_size": 2, "minibatches": 2},
+        "optimizer": {"lr": 1e-3, "schedule": "cosine", "warmup_steps": 1},
+        "algorithm": {"tau": 0.02},
+        "rollout": {
+            "prompts_per_step": 8,
+            "group_size": RESPONSES,
+            "context_tokens": 32,
+            "max_response_tokens": 16,
+            "replay": str(recorded / "rollouts"),
+        },
+        "data": {"train": str(recorded / "problems.jsonl")},
+        "reward": {"grader": "exact", "workers": 1},
+        "checkpoint": {"every": 1, "keep": 2},
+    }
+    for name, values in sections.items():
+        settings[name] |= values
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def command(config: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "megatron_dgpo.cli", "train", str(config), *overrides]
+
+
+def run(config: Path, *overrides: str) -> str:
+    result = subprocess.run(command(config, *overrides), capture_output=True, text=True, timeout=240)
+    logs = "".join(path.read_text() for path in (config.with_suffix("") / "logs").glob("*.log"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return logs
+
+
+def weights(config: Path) -> dict[str, torch.Tensor]:
+    return load_file(config.with_suffix("") / "hf" / "model.safetensors")
+
+
+def assert_identical(left: dict, right: dict) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2-pp2", "dp2-distributed-optimizer"])
+def test_resumed_run_is_bit_identical(recorded, tmp_path, layout):
+    parallel = {"data": 2, "distributed_optimizer": True} if layout.startswith("dp2") else LAYOUTS[layout][1]
+    whole = write_config(recorded, tmp_path / "whole", parallel)
+    run(whole)
+    assert [path.name for path in candidates(tmp_path / "whole" / "checkpoints")] == ["step_00000004", "step_00000003"]
+
+    # Stopped after step 3; then the newest checkpoint turns out damaged, and one was never finished.
+    parts = write_config(recorded, tmp_path / "parts", parallel)
+    shutil.copytree(tmp_path / "whole" / "checkpoints", tmp_path / "parts" / "checkpoints")
+    newest = tmp_path / "parts" / "checkpoints" / "step_00000004"
+    shard = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    shard.write_bytes(content)
+    half_written = tmp_path / "parts" / "checkpoints" / "step_00000005"
+    half_written.mkdir()
+    (half_written / "common.pt").write_bytes(b"cut")
+    logs = run(parts)
+    assert "step_00000004 is passed over" in logs and shard.name in logs
+    assert "step_00000005 is passed over" in logs
+    assert_identical(weights(whole), weights(parts))
+    rows = read_metrics(tmp_path / "parts" / "metrics" / "train.jsonl")
+    assert [row["step"] for row in rows][-1] == 4
+
+
+def test_killed_run_continues_with_the_same_command(recorded, tmp_path):
+    whole, killed = (write_config(recorded, tmp_path / name, {"tensor": 2}) for name in ("whole", "killed"))
+    run(whole)
+    process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not candidates(checkpoints):
+        assert time.monotonic() < deadline and process.poll() is None, "no checkpoint within 120 s"
+        time.sleep(0.02)
+    # The launcher alone: the kernel ends its ranks.
+    process.kill()
+    process.wait()
+    wait_until_gone(str(killed))
+    run(killed)
+    assert_identical(weights(whole), weights(killed))
+    steps = [row["step"] for row in read_metrics(tmp_path / "killed" / "metrics" / "train.jsonl")]
+    assert steps == sorted(set(steps)) and steps[-1] == STEPS
+
+
+def test_a_dead_rank_ends_the_run_with_its_name(recorded, tmp_path):
+    config = write_config(recorded, tmp_path / "run", {"tensor": 2}, run={"steps": STEPS})
+    process = subprocess.Popen(command(config), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    rank = wait_for_process(str(config), RANK="1")
+    time.sleep(2)
+    os.kill(rank, signal.SIGKILL)
+    start = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - start < 60
+    assert process.returncode != 0
+    assert "rank 1 ended (SIGKILL)" in errors
+    wait_until_gone(str(config))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_leaves_nothing(recorded, tmp_path, number):
+    shared_memory = set(Path("/dev/shm").iterdir())
+    config = write_config(recorded, tmp_path / "run", {"tensor": 2})
+    process = subprocess.Popen(command(config), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for_process(str(config), RANK="1")
+    time.sleep(1 if number == signal.SIGINT else 5)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"stopped by {number.name}" in errors
+    wait_until_gone(str(config))
+    assert set(Path("/dev/shm").iterdir()) <= shared_memory
+
+
+def test_non_finite_steps_are_skipped_and_then_stop_the_run(recorded, tmp_path):
+    """Old log-probs of minus infinity make every ratio infinite."""
+    rollouts = tmp_path / "rollouts"
+    shutil.copytree(recorded / "rollouts", rollouts)
+    for file in rollouts.iterdir():
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        # A NaN reward cannot come from a grader; it stands for whatever poisons a loss.
+        file.write_text("".join(json.dumps(row | {"reward": float("nan")}) + "\n" for row in rows))
+    config = write_config(
+        recorded, tmp_path / "run", {}, rollout={"replay": str(rollouts)}, optimizer={"max_skipped_steps": 3}
+    )
+    result = subprocess.run(command(config), capture_output=True, text=True, timeout=240)
+    assert result.returncode != 0
+    assert "3 optimizer steps in a row had a non-finite loss or gradient" in result.stderr
+    assert "skipped" in result.stdout
+    assert not (tmp_path / "run" / "hf").exists()
+
+
+def processes(config: str) -> list[int]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if config.encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            pass
+    return found
+
+
+def wait_for_process(config: str, **environment: str) -> int:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        for pid in processes(config):
+            try:
+                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if all(f"{name}={value}".encode() in variables for name, value in environment.items()):
+                return pid
+        time.sleep(0.1)
+    raise TimeoutError(f"no process with {environment} within 90 s")
+
+
+def wait_until_gone(config: str) -> None:
+    deadline = time.monotonic() + 20
+    while processes(config):
+        assert time.monotonic() < deadline, "processes are left running"
+        time.sleep(0.1)

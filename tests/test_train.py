@@ -1,0 +1,152 @@
+"""The whole loop with a real vLLM server, for every family: trainer, server and transformers agree throughout."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from megatron_dgpo.metrics import read_metrics
+from tests.tiny_models import make_tiny_model
+
+STEPS = 3
+
+
+def megatron_dgpo(command, config, *arguments):
+    result = subprocess.run(
+        [sys.executable, "-m", "megatron_dgpo.cli", command, str(config), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    found = tmp_path_factory.mktemp("train")
+    rows = [{"question": f"{i}+{j}=", "answer": str(i + j)} for i in range(4) for j in range(4)]
+    (found / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # A reward that random text earns often: it must vary within groups for the weights to change.
+    (found / "graders.py").write_text("def length(response, answer, row):\n    return float(len(response) % 2)\n")
+    return found
+
+
+def write_config(folder, family, parallel, **rollout):
+    settings = {
+        "run": {"dir": str(folder / family / "run"), "steps": STEPS},
+        "model": {"path": str(make_tiny_model(folder / family / "model", family)), "dtype": "float32"},
+        "parallel": parallel,
+        "batch": {"micro_batch_size": 4},
+        "optimizer": {"lr": 3e-3},
+        "algorithm": {"tau": 0.05},
+        "rollout": {
+            "prompts_per_step": 4,
+            "group_size": 4,
+            "context_tokens": 32,
+            "max_response_tokens": 12,
+            "temperature": 0.8,
+            "record": True,
+            "request_timeout_s": 120,
+            **rollout,
+        },
+        "data": {"train": str(folder / "problems.jsonl"), "eval": str(folder / "problems.jsonl")},
+        "reward": {"grader": "graders:length", "workers": 1},
+        "eval": {"every": 1},
+    }
+    path = folder / family / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.mark.parametrize(
+    "family, parallel",
+    [
+        ("llama", {"tensor": 2}),
+        ("mistral", {}),
+        ("qwen2", {"pipeline": 2}),
+        ("qwen3", {"data": 2}),
+    ],
+)
+def test_three_steps(folder, monkeypatch, family, parallel):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    config = write_config(folder, family, parallel)
+    megatron_dgpo("train", config)
+    run = folder / family / "run"
+    rows = read_metrics(run / "metrics" / "train.jsonl")
+    assert [row["step"] for row in rows] == list(range(STEPS + 1))
+    for row in rows[1:]:
+        # The server after the update, and the tokens sampled before it, as the trainer computes them.
+        assert row["weights/canary_logprob_gap"] < 1e-4
+        assert row["policy/rollout_logprob_gap"] < 1e-4
+        assert row["policy/grad_norm"] > 0
+        assert row["rollout/weight_version"] == row["step"] - 1
+    for step in range(1, STEPS + 1):
+        recorded = [
+            json.loads(line)
+            for file in (run / "rollouts").glob(f"step_{step:08d}.*.jsonl")
+            for line in file.read_text().splitlines()
+        ]
+        assert len(recorded) == 16
+        assert {sample["weight_version"] for sample in recorded} == {step - 1}
+    # Greedy text of the last weights, served and by transformers from the exported model.
+    model = AutoModelForCausalLM.from_pretrained(run / "hf", dtype=torch.float32)
+    before = AutoModelForCausalLM.from_pretrained(folder / family / "model", dtype=torch.float32)
+    assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
+    from megatron_dgpo.data import load_tokenizer
+
+    tokenizer = load_tokenizer(run / "hf")
+    for line in (run / "eval" / f"step_{STEPS:08d}.jsonl").read_text().splitlines():
+        sample = json.loads(line)
+        ids = torch.tensor([tokenizer(sample["question"]).input_ids])
+        expected = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0)
+        assert sample["token_ids"] == expected[0, ids.shape[1] :].tolist()
+
+
+def test_eval_of_checkpoint_and_directory(folder, monkeypatch):
+    """After test_three_steps: the newest checkpoint and the exported model are the same policy."""
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    config = folder / "mistral" / "config.yaml"
+    overrides = ["eval.samples=4", "eval.temperature=0.8", "eval.problems=8"]
+    pattern = r"eval: problems=8 avg@4=(\d\.\d+) pass@2=(\d\.\d+) pass@4=(\d\.\d+)"
+    from_checkpoint = re.search(pattern, megatron_dgpo("eval", config, *overrides))
+    model = folder / "mistral" / "run" / "hf"
+    from_directory = re.search(pattern, megatron_dgpo("eval", config, "--model", str(model), *overrides))
+    assert from_checkpoint and from_directory and from_checkpoint[0] == from_directory[0]
+    average, two, four = (float(value) for value in from_checkpoint.groups())
+    assert average <= two <= four
+
+
+def test_a_dead_server_ends_the_run(folder, monkeypatch):
+    import os
+    import signal
+    import time
+
+    from tests.test_resume import processes, wait_until_gone
+
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    config = write_config(folder, "llama", {}, prompts_per_step=16)
+    metrics = folder / "llama" / "dead" / "metrics" / "train.jsonl"
+    command = [sys.executable, "-m", "megatron_dgpo.cli", "train", str(config)]
+    command += [f"run.dir={folder / 'llama' / 'dead'}", "run.steps=1000"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 180
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+        assert process.poll() is None and time.monotonic() < deadline, "training did not begin within 180 s"
+        time.sleep(0.1)
+    for pid in processes("vllm.entrypoints"):
+        if str(folder).encode() in open(f"/proc/{pid}/cmdline", "rb").read():
+            os.kill(pid, signal.SIGKILL)
+    start = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - start < 60 and process.returncode != 0
+    assert "vLLM server 0 ended (SIGKILL)" in errors
+    wait_until_gone(str(config))
+
+

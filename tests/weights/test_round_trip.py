@@ -1,0 +1,75 @@
+"""Hugging Face -> Megatron -> Hugging Face gives back the same bytes, files and all, in every layout."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.layouts import LAYOUTS, make_config
+from tests.ranks import run_ranks
+from tests.tiny_models import FAMILIES, make_tiny_model
+
+
+def round_trip(model_dirs, targets, parallel, dtype):
+    """Export every model; returns this rank's part of write_slices, and the stream's tensors, of each."""
+    from megatron.core import parallel_state
+
+    from megatron_dgpo.model.device import init_device
+    from megatron_dgpo.model.gpt import build_chunks
+    from megatron_dgpo.model.parallel import initialize_parallel
+    from megatron_dgpo.weights.architectures import read_architecture
+    from megatron_dgpo.weights.export import export_hf, write_slices
+    from megatron_dgpo.weights.load import load_weights
+
+    init_device()
+    written = {}
+    for name, model_dir in model_dirs.items():
+        config = make_config(model_dir, parallel, model={"dtype": dtype})
+        architecture = read_architecture(model_dir)
+        if not parallel_state.model_parallel_is_initialized():
+            initialize_parallel(config.parallel, 1)
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        chunks = build_chunks(config, architecture)
+        load_weights(chunks, architecture, model_dir, rank, size)
+        export_hf(chunks, architecture, model_dir, targets[name], getattr(torch, dtype))
+        shared = {n: torch.zeros(shape, dtype=getattr(torch, dtype)) for n, shape in architecture.hf_shapes.items()}
+        write_slices(chunks, architecture, shared)
+        written[name] = shared
+    return written
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_round_trip(tmp_path, layout, dtype):
+    sources = {
+        family: make_tiny_model(tmp_path / family, family, dtype=getattr(torch, dtype)) for family in FAMILIES
+    }
+    sources["qwen3-tied"] = make_tiny_model(tmp_path / "tied", "qwen3", tie_word_embeddings=True, dtype=torch.float32)
+    targets = {name: tmp_path / "out" / name for name in sources}
+    if dtype == "bfloat16":
+        sources.pop("qwen3-tied")
+    world_size, parallel = LAYOUTS[layout]
+    results = run_ranks(round_trip, world_size, sources, targets, parallel, dtype)
+    for name, source in sources.items():
+        files = {path.name for path in source.iterdir()}
+        assert {path.name for path in targets[name].iterdir()} == files
+        for file in files:
+            if file.endswith(".safetensors"):
+                expected, found = load_file(source / file), load_file(targets[name] / file)
+                assert expected.keys() == found.keys()
+                for tensor in expected:
+                    assert expected[tensor].dtype == found[tensor].dtype
+                    assert torch.equal(expected[tensor], found[tensor]), tensor
+                    # Zeros elsewhere: what the ranks wrote adds up to the tensor.
+                    assert torch.equal(sum(written[name][tensor] for written in results), expected[tensor]), tensor
+            else:
+                assert (source / file).read_bytes() == (targets[name] / file).read_bytes(), file
+
+
+def test_exported_model_loads_in_transformers(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    source = make_tiny_model(tmp_path / "source", "llama")
+    run_ranks(round_trip, 2, {"llama": source}, {"llama": tmp_path / "out"}, {"tensor": 2}, "bfloat16")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
