@@ -1,4 +1,4 @@
-"""What one rank works with during a run: process groups, policy, tokenizer, metrics, servers. Opened and closed once."""
+"""What one rank works with during a run: process groups, policy, tokenizer, metrics, servers."""
 
 from __future__ import annotations
 

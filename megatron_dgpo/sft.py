@@ -11,6 +11,7 @@ from megatron_dgpo.manifest import Progress
 from megatron_dgpo.session import Session
 from megatron_dgpo.statistics import token_statistics
 
+
 def sft(config: Config) -> None:
     """Fine-tune for `sft.steps`, or continue doing so, and write `run.dir/hf`. Collective: called by every rank."""
     with Session(config, "sft", config.sft.steps) as session:

@@ -91,9 +91,7 @@ def test_config_file_missing(tmp_path, capsys):
 
 
 def test_tensor_parallel_does_not_divide_the_heads(case, capsys):
-    case.fails(
-        capsys, ["parallel.tensor=3 does not divide num_attention_heads=4", "use 1 or 2"], "parallel.tensor=3"
-    )
+    case.fails(capsys, ["parallel.tensor=3 does not divide num_attention_heads=4", "use 1 or 2"], "parallel.tensor=3")
 
 
 def test_pipeline_does_not_divide_the_layers(case, capsys):

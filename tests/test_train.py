@@ -148,5 +148,3 @@ def test_a_dead_server_ends_the_run(folder, monkeypatch):
     assert time.monotonic() - start < 60 and process.returncode != 0
     assert "vLLM server 0 ended (SIGKILL)" in errors
     wait_until_gone(str(config))
-
-

@@ -36,7 +36,7 @@ def main() -> None:
     rows = read_metrics(folder / "metrics" / "train.jsonl")
     accuracies = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
     steps = rows[-1]["step"]
-    picture = plot_run(folder / "metrics" / "train.jsonl", folder / "plot.png", "DGPO on four-digit sums")
+    picture = plot_run(folder / "metrics" / "train.jsonl", folder / "plot.png", "DGPO on three-digit sums")
     print(f"\n== {SAMPLES} responses to held-out problems after training")
     for line in (folder / "eval" / f"step_{steps:08d}.jsonl").read_text().splitlines()[:SAMPLES]:
         sample = json.loads(line)

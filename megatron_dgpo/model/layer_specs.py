@@ -1,4 +1,4 @@
-"""Transformer layers for Megatron-Core: `te` (Transformer Engine) and `portable` (PyTorch only), parameters named alike."""
+"""Layers for Megatron-Core, `te` (Transformer Engine) or `portable` (PyTorch only); their parameters are named alike."""
 
 from __future__ import annotations
 

@@ -76,11 +76,7 @@ def command(config: Config, port: int, host: str = "127.0.0.1") -> list[str]:
         "--skip-tokenizer-init",
         "--disable-uvicorn-access-log",
         *(("--enforce-eager",) if eager else ()),
-        *(
-            ("--gpu-memory-utilization", str(rollout.gpu_memory_fraction))
-            if on_gpu
-            else _cpu_options(config)
-        ),
+        *(("--gpu-memory-utilization", str(rollout.gpu_memory_fraction)) if on_gpu else _cpu_options(config)),
     ]
 
 

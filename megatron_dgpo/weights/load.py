@@ -24,7 +24,10 @@ def named_shards(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.
     for chunk in chunks:
         numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
         for name, parameter in chunk.named_parameters():
-            yield re.sub(r"(?<=decoder\.layers\.)\d+", lambda m: str(numbers[int(m[0])]), name), parameter
+            local = re.search(r"(?<=decoder\.layers\.)\d+", name)
+            if local:
+                name = f"{name[: local.start()]}{numbers[int(local[0])]}{name[local.end() :]}"
+            yield name, parameter
 
 
 def source_name(architecture: Architecture, name: str) -> str:

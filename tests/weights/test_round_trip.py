@@ -41,9 +41,7 @@ def round_trip(model_dirs, targets, parallel, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_round_trip(tmp_path, layout, dtype):
-    sources = {
-        family: make_tiny_model(tmp_path / family, family, dtype=getattr(torch, dtype)) for family in FAMILIES
-    }
+    sources = {family: make_tiny_model(tmp_path / family, family, dtype=getattr(torch, dtype)) for family in FAMILIES}
     sources["qwen3-tied"] = make_tiny_model(tmp_path / "tied", "qwen3", tie_word_embeddings=True, dtype=torch.float32)
     targets = {name: tmp_path / "out" / name for name in sources}
     if dtype == "bfloat16":
