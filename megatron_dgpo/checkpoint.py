@@ -7,6 +7,7 @@ size and CRC-32 in its manifest. A folder that lacks a manifest, or whose files 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_dgpo.manifest import MANIFEST, Progress, candidates, check_architecture, read_manifest, wrong_sizes
 from megatron_dgpo.model.policy import Policy
@@ -85,6 +87,7 @@ def load(path: Path, policy: Policy, weights_only: bool = False) -> None:
     """Restore the policy's weights and, unless `weights_only`, optimizer, schedule and RNG. Collective."""
     state = _model_state(policy)
     if not weights_only:
+        _adapt_to_torch_adam(policy)
         state["optimizer"] = policy.optimizer.sharded_state_dict(state, is_loading=True, metadata=_METADATA)
         if read_manifest(path)["layout"] == _layout():
             state["rng"] = _sharded_rng(_rng_state())
@@ -118,6 +121,29 @@ def _named_chunks(policy: Policy) -> list[tuple[str, torch.nn.Module]]:
 
 def _model_state(policy: Policy) -> dict:
     return {name: chunk.sharded_state_dict() for name, chunk in _named_chunks(policy)}
+
+
+def _adapt_to_torch_adam(policy: Policy) -> None:
+    """Let Megatron's distributed optimizer load into PyTorch's Adam, which is in use without TE and Apex.
+
+    That Adam makes its state at the first step, and keeps the step count among its tensors: Megatron 0.16 asks for the
+    former before, and does not expect the latter.
+    """
+    for chained in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
+        adam = chained.optimizer
+        if isinstance(chained, DistributedOptimizer) and isinstance(adam, torch.optim.Adam):
+            for parameter in (p for group in adam.param_groups for p in group["params"] if not adam.state[p]):
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                adam.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+            chained._set_main_param_and_optimizer_states = functools.partial(_copy_states, chained)
+
+
+def _copy_states(optimizer: DistributedOptimizer, model_param: torch.Tensor, tensors: dict) -> None:
+    group, place = optimizer.model_param_group_index_map[model_param]
+    main_param = optimizer.optimizer.param_groups[group]["params"][place]
+    targets = {"param": main_param, **optimizer.optimizer.state[main_param]}
+    for name, tensor in tensors.items():
+        targets[name].copy_(tensor)
 
 
 def _layout() -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -65,19 +66,31 @@ def _run(options: argparse.Namespace, config: Config, arguments: list[str]) -> i
     if launcher.is_rank():
         _run_rank(options, config)
         return 0
-    from megatron_dgpo.preflight import check
-
     parallel = config.parallel
     world_size = parallel.tensor * parallel.pipeline * (parallel.data or 1)
-    check(options.command, config, world_size, getattr(options, "checkpoint", None), bool(getattr(options, "model", 0)))
+    _check(options, config, world_size)
     needs_servers = options.command != "sft" and config.rollout.replay is None
     return launcher.launch(arguments, config, world_size, needs_servers)
 
 
+def _check(options: argparse.Namespace, config: Config, world_size: int) -> None:
+    from megatron_dgpo.preflight import check
+
+    check(options.command, config, world_size, getattr(options, "checkpoint", None), bool(getattr(options, "model", 0)))
+
+
 def _run_rank(options: argparse.Namespace, config: Config) -> None:
+    from megatron_dgpo.model.parallel import data_parallel_size
+    from megatron_dgpo.rollout import server
+
     # Libraries talk to the rank's log; rank 0's standard output is the user's.
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    world_size = int(os.environ["WORLD_SIZE"])
+    data_parallel_size(config.parallel, world_size)
+    if server.ADDRESSES not in os.environ and os.environ["RANK"] == "0":
+        # Not started by our launcher, which has checked already.
+        _check(options, config, world_size)
     if options.command == "sft":
         from megatron_dgpo.sft import sft
 

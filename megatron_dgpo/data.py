@@ -33,7 +33,8 @@ def load_tokenizer(model_dir: Path):
     try:
         tokenizer = (PreTrainedTokenizerFast if has_own else AutoTokenizer).from_pretrained(model_dir)
     except Exception as error:
-        raise UsageError(f"{model_dir} has no tokenizer that transformers can load: {error}") from None
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(f"{model_dir} has no tokenizer that transformers can load: {reason}") from None
     if tokenizer.eos_token_id is None:
         raise UsageError(f"the tokenizer of {model_dir} has no end token (eos_token): responses could not end")
     return tokenizer

@@ -73,8 +73,9 @@ def _check_model(config: Config) -> Architecture:
 
 def _check_devices(world_size: int) -> None:
     count = torch.cuda.device_count()
-    if count and world_size > count:
-        raise UsageError(f"parallel.tensor × pipeline × data = {world_size} ranks, but this machine has {count} GPUs")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if count and local > count:
+        raise UsageError(f"parallel.tensor × pipeline × data = {local} ranks here, but this machine has {count} GPUs")
 
 
 def _check_rollouts(config: Config, architecture: Architecture) -> None:

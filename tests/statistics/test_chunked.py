@@ -119,18 +119,20 @@ def test_extreme_logits(n, vocab, scale, seed, kind):
     targets = torch.randint(0, vocab, (n,), generator=generator)
     values = from_logits(x, y, targets, vocab)
     expected = dense_statistics(x, targets, y)
+    # float32 has 1e-3 of room between neighbours near 1e4.
+    large = scale > 100 or kind == "one-hot"
     for got, want in zip(values, expected, strict=True):
         assert torch.isfinite(got).all()
-        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=2e-3 if scale > 100 else 2e-5)
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=2e-3 if large else 2e-5)
     assert (values.entropy >= 0).all()
     assert (values.hellinger2 >= 0).all() and (values.hellinger2 <= 1).all()
     if kind == "equal":
-        assert (values.hellinger2 < 1e-6 * max(1.0, scale)).all()
+        assert (values.hellinger2 < (1e-6 if scale <= 1 else 1e-6 * scale)).all()
     # Symmetric, and blind to a constant added to all logits of a position.
     swapped = from_logits(y, x, targets, vocab)
-    torch.testing.assert_close(swapped.hellinger2, values.hellinger2, rtol=1e-4, atol=2e-3 if scale > 100 else 2e-6)
+    torch.testing.assert_close(swapped.hellinger2, values.hellinger2, rtol=1e-4, atol=2e-3 if large else 2e-6)
     shifted = from_logits(x + 3.0, y - 5.0, targets, vocab)
-    torch.testing.assert_close(shifted.hellinger2, values.hellinger2, rtol=1e-3, atol=4e-3 if scale > 100 else 4e-6)
+    torch.testing.assert_close(shifted.hellinger2, values.hellinger2, rtol=1e-3, atol=4e-3 if large else 4e-6)
 
 
 class _Largest(TorchDispatchMode):

@@ -1,0 +1,130 @@
+"""Optimizer steps: master weights, the distributed optimizer, skipped steps, the reference kept on the host."""
+
+import pytest
+import torch
+
+from tests.layouts import make_config
+from tests.ranks import run_ranks
+from tests.tiny_models import make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("policy") / "tiny", "qwen3")
+
+
+def build(model_dir, parallel, **model):
+    """(policy, one batch, a log-likelihood loss) on this rank."""
+    from megatron.core import parallel_state
+
+    from megatron_dgpo.batch import Batch
+    from megatron_dgpo.model.device import init_device
+    from megatron_dgpo.model.parallel import initialize_parallel
+    from megatron_dgpo.model.policy import Policy
+    from megatron_dgpo.sft import _mean_negative_logprob
+    from megatron_dgpo.weights.architectures import read_architecture
+    from megatron_dgpo.weights.load import load_weights
+
+    init_device()
+    config = make_config(model_dir, parallel, model=model, optimizer={"lr": 1e-3, "warmup_steps": 2})
+    architecture = read_architecture(model_dir)
+    initialize_parallel(config.parallel, 1)
+    policy = Policy(config, architecture, 10)
+    load_weights(
+        policy.modules,
+        architecture,
+        model_dir,
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    policy.reload_master_weights()
+    rows = torch.randint(3, 131, (8, 20), generator=torch.Generator().manual_seed(7))
+    rows = rows[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()].tolist()
+    batch = Batch.from_sequences([row[:5] for row in rows], [row[5:] for row in rows])
+    return config, architecture, policy, batch, _mean_negative_logprob(131)
+
+
+def after_three_steps(model_dir, parallel, dtype):
+    _, _, policy, batch, loss = build(model_dir, parallel, dtype=dtype)
+    results = [policy.step(batch.split(2), loss) for _ in range(3)]
+    weights = {n: p.detach().float().clone() for m in policy.modules for n, p in m.named_parameters()}
+    return [(r.metrics["loss"] / r.metrics["tokens"], r.grad_norm, r.lr, r.skipped) for r in results], weights
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_data_parallel_steps_do_not_depend_on_the_layout(model, dtype, tolerance):
+    [(single, expected)] = run_ranks(after_three_steps, 1, model, {}, dtype)
+    assert [lr for _, _, lr, _ in single] == pytest.approx([5e-4, 1e-3, 1e-3])
+    assert single[2][0] < single[0][0]
+    for distributed in (False, True):
+        for steps, weights in run_ranks(after_three_steps, 2, model, {"distributed_optimizer": distributed}, dtype):
+            for (loss, norm, _, skipped), (want_loss, want_norm, _, _) in zip(steps, single, strict=True):
+                assert not skipped
+                assert loss == pytest.approx(want_loss, rel=max(tolerance, 1e-5))
+                assert norm == pytest.approx(want_norm, rel=10 * max(tolerance, 1e-5))
+            for name, value in weights.items():
+                torch.testing.assert_close(value, expected[name], rtol=tolerance, atol=20 * tolerance)
+
+
+def small_updates(model_dir, dtype):
+    """How far a weight moves over steps of which each is too small for bfloat16."""
+    _, _, policy, batch, loss = build(model_dir, {}, dtype=dtype)
+    for group in policy.optimizer.param_groups:
+        group["max_lr"] = group["min_lr"] = 2e-5
+    weight = policy.modules[0].decoder.layers[0].mlp.linear_fc2.weight
+    before = weight.detach().float().clone()
+    for _ in range(9):
+        policy.step(batch.split(4), loss)
+    return (weight.detach().float() - before).abs().mean().item(), weight.dtype
+
+
+def test_bfloat16_has_float32_master_weights(model):
+    [(moved, dtype)] = run_ranks(small_updates, 1, model, "bfloat16")
+    [(expected, _)] = run_ranks(small_updates, 1, model, "float32")
+    assert dtype == torch.bfloat16
+    # Rounded each time, steps below half a unit in the last place would be lost; summed first, they are not.
+    assert moved > expected / 3
+
+
+def skipped_step(model_dir, parallel):
+    from megatron.core import parallel_state
+
+    _, _, policy, batch, loss = build(model_dir, parallel)
+    good = policy.step(batch.split(2), loss)
+    before = [p.detach().clone() for m in policy.modules for p in m.parameters()]
+
+    def poisoned(batch, index, hidden_states, head_weight):
+        total, count, metrics = loss(batch, index, hidden_states, head_weight)
+        # Only one replica sees it.
+        factor = float("nan") if parallel_state.get_data_parallel_rank() == 0 and index == 1 else 1.0
+        return total * factor, count, metrics
+
+    bad = policy.step(batch.split(2), poisoned)
+    unchanged = all(
+        torch.equal(a, b) for a, b in zip(before, [p for m in policy.modules for p in m.parameters()], strict=True)
+    )
+    again = policy.step(batch.split(2), loss)
+    return good.skipped, bad.skipped, unchanged, again.skipped, again.metrics["loss"] < good.metrics["loss"]
+
+
+@pytest.mark.parametrize("parallel, world", [({}, 2), ({"tensor": 2}, 2), ({"pipeline": 2}, 2)], ids=["dp", "tp", "pp"])
+def test_non_finite_step_is_skipped_everywhere(model, parallel, world):
+    for result in run_ranks(skipped_step, world, model, parallel):
+        assert result == (False, True, True, False, True)
+
+
+def offloaded_reference(model_dir):
+    from megatron_dgpo.model.reference import Reference
+
+    config, architecture, _, batch, _ = build(model_dir, {"tensor": 2}, reference_offload=True)
+    offloaded = Reference(config, architecture)
+    kept = Reference(make_config(model_dir, {"tensor": 2}), architecture)
+    first, second = (offloaded.hidden_states(batch.split(4)) for _ in range(2))
+    expected = kept.hidden_states(batch.split(4))
+    gradient_free = not any(p.requires_grad for m in offloaded.modules for p in m.parameters())
+    same = all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, expected, strict=True))
+    return same, gradient_free, torch.equal(offloaded.head_weight, kept.head_weight)
+
+
+def test_reference_on_the_host(model):
+    assert run_ranks(offloaded_reference, 2, model) == [(True, True, True)] * 2
