@@ -98,6 +98,7 @@ def load(path: Path, policy: Policy, weights_only: bool = False) -> None:
         chunk.load_state_dict(loaded[name])
     if not weights_only:
         policy.optimizer.load_state_dict(loaded["optimizer"])
+        _separate_step_counts(policy)
         policy.scheduler.load_state_dict(loaded["scheduler"])
         if "rng" in loaded:
             _restore_rng(loaded["rng"])
@@ -129,13 +130,27 @@ def _adapt_to_torch_adam(policy: Policy) -> None:
     That Adam makes its state at the first step, and keeps the step count among its tensors: Megatron 0.16 asks for the
     former before, and does not expect the latter.
     """
-    for chained in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
-        adam = chained.optimizer
-        if isinstance(chained, DistributedOptimizer) and isinstance(adam, torch.optim.Adam):
-            for parameter in (p for group in adam.param_groups for p in group["params"] if not adam.state[p]):
-                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                adam.state[parameter] = {"step": torch.tensor(0.0), **zeros}
-            chained._set_main_param_and_optimizer_states = functools.partial(_copy_states, chained)
+    for distributed, adam in _distributed_torch_adams(policy):
+        for parameter in (p for group in adam.param_groups for p in group["params"] if not adam.state[p]):
+            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            adam.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+        distributed._set_main_param_and_optimizer_states = functools.partial(_copy_states, distributed)
+
+
+def _separate_step_counts(policy: Policy) -> None:
+    """Megatron loads one tensor as every parameter's step count: each parameter's step would count for all."""
+    for _, adam in _distributed_torch_adams(policy):
+        for state in adam.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _distributed_torch_adams(policy: Policy) -> list[tuple[DistributedOptimizer, torch.optim.Adam]]:
+    chained = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+    return [
+        (optimizer, optimizer.optimizer)
+        for optimizer in chained
+        if isinstance(optimizer, DistributedOptimizer) and isinstance(optimizer.optimizer, torch.optim.Adam)
+    ]
 
 
 def _copy_states(optimizer: DistributedOptimizer, model_param: torch.Tensor, tensors: dict) -> None:
