@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,11 +77,9 @@ def _signal_group(child: Child, number: signal.Signals) -> None:
         pass
 
 
-def supervise(
-    workers: list[Child], servers: list[Child], poll_s: float = 0.2, stopping: Callable[[], bool] = lambda: False
-) -> Child | None:
+def supervise(workers: list[Child], servers: list[Child], poll_s: float = 0.2) -> Child | None:
     """Wait until every worker has ended well (None), or until any worker fails or any server ends (that child)."""
-    while not stopping():
+    while True:
         for child in workers:
             if child.process.poll() not in (None, 0):
                 return child
@@ -91,4 +89,3 @@ def supervise(
             if child.process.poll() is not None:
                 return child
         time.sleep(poll_s)
-    return None

@@ -1,4 +1,4 @@
-"""Layers for Megatron-Core, `te` (Transformer Engine) or `portable` (PyTorch only); their parameters are named alike."""
+"""Layers for Megatron-Core: `te` (Transformer Engine) or `portable` (PyTorch only), with the same parameter names."""
 
 from __future__ import annotations
 

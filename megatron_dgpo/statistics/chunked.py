@@ -71,7 +71,7 @@ def token_statistics(
     (`copy_to_tensor_model_parallel_region`, or the gather of sequence parallelism) must reduce it.
 
     Collectives: one all-gather of [9, N] (or [4, N]) float32 over tp_group forward, none backward.
-    Source: arXiv 2605.03327, §3; log-sum-exp form in docs/design of the project.
+    Source: arXiv 2605.03327, §3, written as log-sum-exps: log Σ √(πρ) = lse((x + y)/2) − (lse(x) + lse(y))/2.
     """
     values = _Statistics.apply(
         hidden_states,
