@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer import TransformerConfig
 
 from megatron_dgpo.config import Config
@@ -115,8 +122,22 @@ def build_chunks(config: Config, architecture: Architecture) -> list[HiddenState
             chunk.rotary_pos_emb.inv_freq = _llama3_frequencies(
                 chunk.rotary_pos_emb.inv_freq, architecture.rope_scaling
             )
+        _mark_split_weights(chunk)
         chunks.append(chunk.to(torch.cuda.current_device()))
     return chunks
+
+
+def _mark_split_weights(chunk: torch.nn.Module) -> None:
+    """Say which weights are one rank's part: the gradient's norm counts all others on the first rank only.
+
+    Megatron 0.16 says so only for weights that it initialises.
+    """
+    for module in chunk.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+            # A tied head has no weight of its own.
+            if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+                dim = 1 if isinstance(module, RowParallelLinear) else 0
+                set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 
 def _llama3_frequencies(frequencies: torch.Tensor, scaling: dict) -> torch.Tensor:

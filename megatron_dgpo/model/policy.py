@@ -30,7 +30,10 @@ LossFunction = Callable[
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimizer step, the same on every rank. `metrics` are sums over the step's micro-batches and replicas."""
+    """Of one optimizer step, the same on every rank.
+
+    `metrics` are sums over the step's micro-batches and replicas; `metrics["loss"]` is the sum of the losses.
+    """
 
     metrics: dict[str, float]
     grad_norm: float
@@ -88,7 +91,8 @@ class Policy:
 
         def compute_loss(batch, index, hidden_states, head_weight):
             loss, normaliser, metrics = loss_function(batch, index, hidden_states, head_weight)
-            collected.append(metrics)
+            # Whether to skip is decided by the loss itself, whatever the function reports of it.
+            collected.append({**metrics, "loss": loss.detach()})
             return loss, normaliser
 
         run_schedule(self.chunks, batches, compute_loss, backward=True)
