@@ -32,7 +32,8 @@ def folder(tmp_path_factory):
     rows = [{"question": f"{i}+{j}=", "answer": str(i + j)} for i in range(4) for j in range(4)]
     (found / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     # A reward that random text earns often: it must vary within groups for the weights to change.
-    (found / "graders.py").write_text("def parity(response, answer, row):\n    return float(sum(map(ord, response)) % 2)\n")
+    grader = "def parity(response, answer, row):\n    return float(sum(map(ord, response)) % 2)\n"
+    (found / "graders.py").write_text(grader)
     return found
 
 
