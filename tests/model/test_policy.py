@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.layouts import make_config
+from tests.layouts import LAYOUTS, make_config
 from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny_model
 
@@ -40,7 +40,9 @@ def build(model_dir, parallel, **model):
     policy.reload_master_weights()
     rows = torch.randint(3, 131, (8, 20), generator=torch.Generator().manual_seed(7))
     rows = rows[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()].tolist()
-    batch = Batch.from_sequences([row[:5] for row in rows], [row[5:] for row in rows])
+    batch = Batch.from_sequences(
+        [row[:5] for row in rows], [row[5:] for row in rows], multiple_of=config.parallel.tensor
+    )
     return config, architecture, policy, batch, _mean_negative_logprob(131)
 
 
@@ -128,3 +130,92 @@ def offloaded_reference(model_dir):
 
 def test_reference_on_the_host(model):
     assert run_ranks(offloaded_reference, 2, model) == [(True, True, True)] * 2
+
+
+def gradient_norms(model_dirs, parallel):
+    """Of one step for each model, from the same eight rows, whoever holds them."""
+    from megatron.core import parallel_state
+
+    found = []
+    for model_dir in model_dirs:
+        _, _, policy, batch, loss = build(model_dir, parallel)
+        found.append(policy.step(batch.split(2), loss).grad_norm)
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def dense_gradient_norm(model_dir) -> float:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
+    rows = torch.randint(3, 131, (8, 20), generator=torch.Generator().manual_seed(7))
+    logprobs = torch.log_softmax(model(rows).logits[:, 4:-1], -1).gather(-1, rows[:, 5:, None])
+    (-logprobs.mean()).backward()
+    # A tied head is one parameter.
+    return torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+
+
+@pytest.fixture(scope="module")
+def untied_and_tied(model, tmp_path_factory):
+    return model, make_tiny_model(tmp_path_factory.mktemp("tied") / "tiny", "qwen2")
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["replicated", "distributed-optimizer"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_norm_is_the_dense_one(untied_and_tied, layout, distributed):
+    """What clipping divides by: each part of a split weight counts, each copy of another counts once."""
+    world_size, parallel = LAYOUTS[layout]
+    expected = [dense_gradient_norm(model_dir) for model_dir in untied_and_tied]
+    for norms in run_ranks(
+        gradient_norms, world_size, untied_and_tied, parallel | {"distributed_optimizer": distributed}
+    ):
+        assert norms == pytest.approx(expected, rel=1e-4)
+
+
+def steps_around_a_skipped_one(model_dir, parallel, dtype, poison):
+    """Weights after two good steps, with a bad one between them unless `poison` is None; and the good results."""
+    _, _, policy, batch, loss = build(model_dir, parallel, dtype=dtype)
+
+    def poisoned(batch, index, hidden_states, head_weight):
+        if poison == "gradient":
+            hidden_states.register_hook(lambda gradient: gradient * float("inf"))
+        total, count, metrics = loss(batch, index, hidden_states, head_weight)
+        return total + (float("nan") if poison == "loss" else 0.0), count, metrics
+
+    results = [policy.step(batch.split(2), loss)]
+    if poison:
+        assert policy.step(batch.split(2), poisoned).skipped
+    results.append(policy.step(batch.split(2), loss))
+    return results, [p.detach().clone() for m in policy.modules for p in m.parameters()]
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+@pytest.mark.parametrize(
+    "parallel, dtype",
+    [({"distributed_optimizer": True}, "bfloat16"), ({"tensor": 2, "sequence": True}, "float32")],
+    ids=["dp2-distributed-bfloat16", "tp2-sp-float32"],
+)
+def test_skipped_step_leaves_no_trace(model, parallel, dtype, poison):
+    """Neither in weights, moments, step counts nor learning rate. A bad loss is seen though its gradient is finite."""
+    without = run_ranks(steps_around_a_skipped_one, 2, model, parallel, dtype, None)
+    around = run_ranks(steps_around_a_skipped_one, 2, model, parallel, dtype, poison)
+    for (results, weights), (expected_results, expected) in zip(around, without, strict=True):
+        assert results == expected_results
+        assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
+def recomputed_steps(model_dir, parallel, recompute):
+    _, _, policy, batch, loss = build(model_dir, parallel, recompute=recompute)
+    results = [policy.step(batch.split(2), loss) for _ in range(2)]
+    return results, [p.detach().clone() for m in policy.modules for p in m.parameters()]
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputed_activations_are_the_same(model, recompute):
+    parallel = {"tensor": 2, "sequence": True}
+    kept = run_ranks(recomputed_steps, 2, model, parallel, "none")
+    for (results, weights), (expected_results, expected) in zip(
+        run_ranks(recomputed_steps, 2, model, parallel, recompute), kept, strict=True
+    ):
+        assert results == expected_results
+        assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
