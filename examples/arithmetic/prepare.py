@@ -46,10 +46,17 @@ def make_problems(count: int, seed: int) -> list[dict]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    tokens = ["<pad>", "<eos>", *CHARACTERS]
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
+    """One token a character.
+
+    As bytes without merges rather than as words: `AutoTokenizer` puts Qwen2's own splitting around the vocabulary of any
+    Qwen2 model, which lost spaces and newlines of a word-level one; bytes read the same either way.
+    """
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    written = [byte_level.pre_tokenize_str(character)[0][0] for character in CHARACTERS]
+    tokens = ["<pad>", "<eos>", *written]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
     )

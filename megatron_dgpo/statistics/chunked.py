@@ -30,22 +30,23 @@ class TokenStatistics(NamedTuple):
 
 
 class _Partial(NamedTuple):
-    """Sums over this rank's columns, rows of one [9, N] float32 tensor (5 rows without a reference).
+    """Sums over this rank's columns, rows of one [8, N] float32 tensor (4 rows without a reference).
 
-    A log-sum-exp is kept as a maximum and the sum of exponentials scaled by it, so that ranks merge exactly.
+    Everything is relative to this rank's maxima: logits of any size keep full precision, and ranks merge exactly.
     """
 
     max_x: torch.Tensor
+    target_x: torch.Tensor
+    """x − max_x of the target where this rank owns it, else −∞."""
     sum_x: torch.Tensor
+    """Σ e^(x − max_x)."""
     mean_x: torch.Tensor
     """Σ e^(x − max_x)·(x − max_x)."""
-    target_x: torch.Tensor
-    """x of the target where this rank owns it, else 0."""
     max_y: torch.Tensor | None = None
-    sum_y: torch.Tensor | None = None
     target_y: torch.Tensor | None = None
-    max_m: torch.Tensor | None = None
+    sum_y: torch.Tensor | None = None
     sum_m: torch.Tensor | None = None
+    """Σ e^((x − max_x + y − max_y) / 2); underflows only where H² is 1 to float32."""
 
 
 def token_statistics(
@@ -70,7 +71,7 @@ def token_statistics(
     gradient of hidden_states is this rank's share of a sum over tp_group: whatever replicated the hidden states
     (`copy_to_tensor_model_parallel_region`, or the gather of sequence parallelism) must reduce it.
 
-    Collectives: one all-gather of [9, N] (or [4, N]) float32 over tp_group forward, none backward.
+    Collectives: one all-gather of [8, N] (or [4, N], without a reference) float32 over tp_group forward, none backward.
     Source: arXiv 2605.03327, §3, written as log-sum-exps: log Σ √(πρ) = lse((x + y)/2) − (lse(x) + lse(y))/2.
     """
     values = _Statistics.apply(
@@ -93,34 +94,29 @@ class _Statistics(torch.autograd.Function):
         rank, world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         first = rank * weight.shape[0]
         columns = max(0, min(weight.shape[0], vocab_size - first))
-        local_targets = targets - first
-        owned = (local_targets >= 0) & (local_targets < columns)
-        ctx.chunk = max(1, size // (4 * max(columns, 1)))
-        ctx.temperature, ctx.columns = temperature, columns
-        rows = 4 if reference_hidden is None else 9
+        ctx.columns, ctx.temperature, ctx.chunk = columns, temperature, max(1, size // (4 * max(columns, 1)))
+        # A gradient that nobody asked for arrives as None: without an entropy bonus its passes are left out.
+        ctx.set_materialize_grads(False)
+        owned = (targets >= first) & (targets < first + columns)
+        local_targets = (targets - first).clamp(0, max(columns - 1, 0))
+        rows = 4 if reference_hidden is None else 8
         partial = torch.zeros(rows, hidden.shape[0], dtype=torch.float32, device=hidden.device)
         if columns == 0:
             # This rank holds padding only: a maximum of minus infinity weighs nothing in the merge.
-            partial[[0] if rows == 4 else [0, 4, 7]] = -torch.inf
-        else:
-            safe_targets = local_targets.clamp(0, columns - 1)
-            for start in range(0, hidden.shape[0], ctx.chunk):
-                part = slice(start, start + ctx.chunk)
-                x = _logits(hidden[part], weight[:columns], temperature)
-                index = safe_targets[part, None]
-                out = partial[:, part]
-                out[3] = x.gather(-1, index)[:, 0]
-                if reference_hidden is not None:
-                    y = _logits(reference_hidden[part], reference_weight[:columns], temperature)
-                    out[6] = y.gather(-1, index)[:, 0]
-                    _scaled_sum(torch.add(x, y).mul_(0.5), out[7], out[8])
-                    _scaled_sum(y, out[4], out[5])
-                exponentials = _scaled_sum(x, out[0], out[1], keep=True)
-                # x was shifted by its maximum in place.
-                torch.sum(exponentials.mul_(x), -1, out=out[2])
-            partial[3].masked_fill_(~owned, 0)
-            if rows == 9:
-                partial[6].masked_fill_(~owned, 0)
+            partial[0::4] = partial[1::4] = -torch.inf
+        for start in range(0, hidden.shape[0] if columns else 0, ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            out, index, elsewhere = partial[:, part], local_targets[part, None], ~owned[part]
+            x = _shifted_logits(hidden[part], weight[:columns], temperature, out[0])
+            out[1] = x.gather(-1, index)[:, 0].masked_fill_(elsewhere, -torch.inf)
+            if reference_hidden is not None:
+                y = _shifted_logits(reference_hidden[part], reference_weight[:columns], temperature, out[4])
+                out[5] = y.gather(-1, index)[:, 0].masked_fill_(elsewhere, -torch.inf)
+                torch.sum(torch.lerp(x, y, 0.5).exp_(), -1, out=out[7])
+                torch.sum(y.exp_(), -1, out=out[6])
+            exponentials = x.exp()
+            torch.sum(exponentials, -1, out=out[2])
+            torch.sum(exponentials.mul_(x), -1, out=out[3])
         logprobs, entropy, lse, hellinger2, reference_logprobs = _merge(partial, group, world)
         ctx.save_for_backward(hidden, weight, local_targets, owned, lse, entropy)
         ctx.mark_non_differentiable(*(t for t in (hellinger2, reference_logprobs) if t is not None))
@@ -133,17 +129,19 @@ class _Statistics(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         # Sums over tokens: float32 whatever the weight's dtype, rounded once.
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
+        grad_logprobs = torch.zeros_like(lse) if grad_logprobs is None else grad_logprobs / ctx.temperature
         for start in range(0, hidden.shape[0] if ctx.columns else 0, ctx.chunk):
             part = slice(start, start + ctx.chunk)
+            scale = grad_logprobs[part, None]
             log_pi = _logits(hidden[part], weight[: ctx.columns], ctx.temperature).sub_(lse[part, None])
-            grad = log_pi.exp()
-            entropy_scale = grad_entropy[part, None]
-            # dH/dx = -π (log π + H); d log π(a)/dx = onehot - π.
-            log_pi.add_(entropy[part, None]).mul_(entropy_scale).add_(grad_logprobs[part, None])
-            grad.mul_(log_pi).neg_()
-            rows = owned[part].nonzero()[:, 0]
-            grad[rows, local_targets[part][rows]] += grad_logprobs[part][rows]
-            grad.div_(ctx.temperature)
+            # d log π(a)/dx = onehot − π; dH/dx = −π (log π + H).
+            if grad_entropy is None:
+                grad = log_pi.exp_().mul_(-scale)
+            else:
+                grad = log_pi.exp()
+                entropy_scale = grad_entropy[part, None] / ctx.temperature
+                grad.mul_(log_pi.add_(entropy[part, None]).mul_(-entropy_scale).sub_(scale))
+            grad.scatter_add_(1, local_targets[part, None], scale * owned[part, None])
             grad = grad.to(hidden.dtype)
             if needs_hidden:
                 torch.mm(grad, weight[: ctx.columns], out=grad_hidden[part])
@@ -166,13 +164,11 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         total.add_(torch.mm(left, right))
 
 
-def _scaled_sum(values: torch.Tensor, maximum: torch.Tensor, total: torch.Tensor, keep: bool = False):
-    """maximum = max over columns, total = Σ e^(values − maximum); shifts `values` in place by the maximum."""
-    maximum.copy_(values.amax(-1))
-    values.sub_(maximum[:, None])
-    exponentials = values.exp() if keep else values.exp_()
-    torch.sum(exponentials, -1, out=total)
-    return exponentials
+def _shifted_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float, maximum: torch.Tensor):
+    """Logits less their largest over the columns, which is written to `maximum`."""
+    logits = _logits(hidden, weight, temperature)
+    torch.amax(logits, -1, out=maximum)
+    return logits.sub_(maximum[:, None])
 
 
 def _merge(partial: torch.Tensor, group: dist.ProcessGroup | None, world: int):
@@ -184,24 +180,24 @@ def _merge(partial: torch.Tensor, group: dist.ProcessGroup | None, world: int):
     else:
         gathered = partial[None]
     rows = _Partial(*gathered.unbind(1))
-    maximum = rows.max_x.amax(0)
-    scale = torch.exp(rows.max_x - maximum)
-    total = (rows.sum_x * scale).sum(0)
-    # A rank of padding only has max −∞ and sum 0: its shift must not become 0·∞.
-    shift = torch.where(rows.sum_x > 0, rows.max_x - maximum, 0)
-    mean = ((rows.mean_x + rows.sum_x * shift) * scale).sum(0) / total
-    log_total = total.log()
-    lse = maximum + log_total
-    logprobs = rows.target_x.sum(0) - lse
-    entropy = (log_total - mean).clamp_(min=0)
+    lse, log_sum, shift = _log_sum(rows.max_x, rows.sum_x)
+    logprobs = (rows.target_x + shift).amax(0) - log_sum
+    # A rank of padding only has shift −∞ and sum 0: that must not become 0·∞.
+    finite = shift.masked_fill(rows.sum_x == 0, 0)
+    mean = ((rows.mean_x + rows.sum_x * finite) * shift.exp()).sum(0) / log_sum.exp()
+    entropy = (log_sum - mean).clamp_(min=0)
     if rows.max_y is None:
         return logprobs, entropy, lse, None, None
-    lse_y, lse_m = _logsumexp(rows.max_y, rows.sum_y), _logsumexp(rows.max_m, rows.sum_m)
-    log_bc = lse_m - (lse + lse_y) / 2
-    hellinger2 = torch.expm1(log_bc).neg_().clamp_(0, 1)
-    return logprobs, entropy, lse, hellinger2, rows.target_y.sum(0) - lse_y
+    _, log_sum_y, shift_y = _log_sum(rows.max_y, rows.sum_y)
+    # log Σ √(πρ) = lse((x + y)/2) − (lse(x) + lse(y))/2: the maxima cancel, so the size of the logits costs nothing.
+    log_bc = (rows.sum_m * ((shift + shift_y) / 2).exp()).sum(0).log() - (log_sum + log_sum_y) / 2
+    hellinger2 = torch.expm1(log_bc.clamp_(max=0)).abs_()
+    return logprobs, entropy, lse, hellinger2, (rows.target_y + shift_y).amax(0) - log_sum_y
 
 
-def _logsumexp(maxima: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+def _log_sum(maxima: torch.Tensor, sums: torch.Tensor):
+    """maxima, sums: [ranks, N]. Returns lse [N], lse less the overall maximum [N], and maxima less that [ranks, N]."""
     maximum = maxima.amax(0)
-    return maximum + (sums * torch.exp(maxima - maximum)).sum(0).log()
+    shift = maxima - maximum
+    log_sum = (sums * shift.exp()).sum(0).log()
+    return maximum + log_sum, log_sum, shift
