@@ -7,7 +7,9 @@ the replica receive what it got. Groups never straddle replicas.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,8 +83,8 @@ class Experience:
         result: list | Exception | None = None
         if self.engines is not None:
             try:
-                seed = self._config.run.seed * 1_000_003 + step
-                samples = self.engines.generate(prompts, n=n, temperature=temperature, max_tokens=max_tokens, seed=seed)
+                seeds = request_seeds(self._config.run.seed, step, prompts)
+                samples = self.engines.generate(prompts, n, temperature, max_tokens, seeds)
                 result = self._grade(samples)
             except Exception as error:
                 # The others wait for this rank's answer: they must hear of the failure, not of a lost connection.
@@ -124,6 +126,20 @@ class Experience:
             recorded[prompt.index] = rows[group_size:]
             scored += [_scored(prompt, row) for row in rows[:group_size]]
         return scored
+
+
+def request_seeds(run_seed: int, step: int, prompts: list[Prompt]) -> list[int]:
+    """One for each prompt of a step, whatever replica samples it; repeated prompts get different ones.
+
+    Hashed: vLLM seeds a request's i-th response with seed + i, so that neighbouring seeds would share responses.
+    """
+    seen: Counter[int] = Counter()
+    seeds = []
+    for prompt in prompts:
+        key = f"{run_seed} {step} {prompt.index} {seen[prompt.index]}".encode()
+        seeds.append(int.from_bytes(hashlib.blake2b(key, digest_size=4).digest()) // 2)
+        seen[prompt.index] += 1
+    return seeds
 
 
 def write_samples(file: Path, scored: list[Scored]) -> None:

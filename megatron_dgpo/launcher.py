@@ -89,7 +89,7 @@ def _report(failed: process.Child, servers: list[process.Child]) -> None:
     for child in {id(c): c for c in [failed, *servers] if c.process.poll() is not None}.values():
         status = child.process.returncode
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        print(f"\n{child.last_lines()}\n\n{child.name} ended ({how}); its whole output: {child.log}", file=sys.stderr)
+        print(f"\n{child.failure()}\n\n{child.name} ended ({how}); its whole output: {child.log}", file=sys.stderr)
 
 
 def serve(config: Config, host: str, port: int) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import os
+import re
 import signal
 import subprocess
 import time
@@ -11,12 +12,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
 _LAST_LINES = 25
+_POLL_S = 0.05
 
+# Reads the children's process groups until its parent is gone, then ends what is left of them: first by asking, so that
+# their resource trackers unlink shared memory. Groups, because a dead rank's own children (Megatron's checkpoint
+# writers, vLLM's workers) would stay otherwise.
+_GUARDIAN = """
+trap '' INT TERM HUP
+while read -r group; do groups="$groups $group"; done
+end() { kill "-$1" "-$group" 2>/dev/null && left="$left $group"; }
+for group in $groups; do end TERM; done
+if [ "$left" ]; then sleep 5; for group in $left; do end KILL; done; fi
+"""
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+# The last line of a Python traceback, wherever a logger put it.
+_ERROR = re.compile(r"(^|\s)([\w.]*(Error|Exception|Interrupt)(: .+|$))")
 
 
 @dataclass
@@ -27,17 +38,26 @@ class Child:
     process: subprocess.Popen
     log: Path
 
-    def last_lines(self, count: int = _LAST_LINES) -> str:
+    def failure(self) -> str:
+        """The first error in its log, which causes the others, and the last lines."""
         try:
-            return "\n".join(self.log.read_text(errors="replace").splitlines()[-count:])
+            lines = self.log.read_text(errors="replace").splitlines()
         except OSError:
             return ""
+        last = "\n".join(lines[-_LAST_LINES:])
+        first = next((match[2] for line in lines if (match := _ERROR.search(line))), None)
+        return last if first is None else f"{last}\n\n{self.name}, first error: {first}"
+
+
+@functools.cache
+def _guardian() -> subprocess.Popen:
+    return subprocess.Popen(["sh", "-c", _GUARDIAN], stdin=subprocess.PIPE, start_new_session=True)
 
 
 def start(name: str, command: list[str], env: dict[str, str], log: Path, show_output: bool = False) -> Child:
     """Start a child whose output goes to `log`; with `show_output` only its errors do.
 
-    The kernel kills the child when the thread that started it ends, so that even `kill -9` leaves nothing running.
+    However this process ends, by `kill -9` too, the child and its own children are gone within seconds.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:
@@ -48,8 +68,9 @@ def start(name: str, command: list[str], env: dict[str, str], log: Path, show_ou
             stdout=None if show_output else file,
             stderr=file,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
         )
+    _guardian().stdin.write(f"{process.pid}\n".encode())
+    _guardian().stdin.flush()
     return Child(name, process, log)
 
 
@@ -59,22 +80,22 @@ def stop(children: Iterable[Child], grace_s: float = 10) -> None:
     for child in children:
         _signal_group(child, signal.SIGTERM)
     deadline = time.monotonic() + grace_s
+    # The leader may be gone while its own children linger, or its resource tracker unlinks shared memory.
+    while any([_signal_group(child, 0) for child in children]) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
     for child in children:
-        try:
-            child.process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            pass
-    for child in children:
-        # The leader may be gone while its own children linger.
         _signal_group(child, signal.SIGKILL)
         child.process.wait()
 
 
-def _signal_group(child: Child, number: signal.Signals) -> None:
+def _signal_group(child: Child, number: int) -> bool:
+    """Whether the group has processes left."""
+    child.process.poll()
     try:
         os.killpg(child.process.pid, number)
     except ProcessLookupError:
-        pass
+        return False
+    return True
 
 
 def supervise(workers: list[Child], servers: list[Child], poll_s: float = 0.2) -> Child | None:

@@ -19,10 +19,15 @@ class Oracle:
     gradients: dict[str, torch.Tensor]
 
 
-def dense_step(policy_dir, reference_dir, rows, algorithm, temperature, vocab_size) -> Oracle:
-    """One optimizer step's loss, credit weights and gradients. rows: (prompt, response, advantage, old log-probs)."""
-    policy = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float64)
-    reference = AutoModelForCausalLM.from_pretrained(reference_dir, dtype=torch.float64)
+def dense_step(policy_dir, reference_dir, rows, algorithm, temperature, vocab_size, sampling_dir=None) -> Oracle:
+    """One optimizer step's loss, credit weights and gradients. rows: (prompt, response, advantage, old log-probs).
+
+    sampling_dir: the policy that sampled, where it is not the current one; old log-probs are then its own.
+    """
+    policy, reference, sampling = (
+        AutoModelForCausalLM.from_pretrained(path or policy_dir, dtype=torch.float64)
+        for path in (policy_dir, reference_dir, sampling_dir)
+    )
     total, weights = torch.zeros((), dtype=torch.float64), []
     num_tokens = sum(len(response) for _, response, _, _ in rows)
     for prompt, response, advantage, old in rows:
@@ -31,17 +36,22 @@ def dense_step(policy_dir, reference_dir, rows, algorithm, temperature, vocab_si
         log_pi = torch.log_softmax(policy(ids).logits[0, place] / temperature, -1)
         with torch.no_grad():
             log_rho = torch.log_softmax(reference(ids).logits[0, place] / temperature, -1)
-        chosen = log_pi.gather(-1, torch.tensor(response)[:, None])[:, 0]
+            log_mu = torch.log_softmax(sampling(ids).logits[0, place] / temperature, -1)
+        index = torch.tensor(response)[:, None]
+        chosen = log_pi.gather(-1, index)[:, 0]
+        if old is None:
+            old = log_mu.gather(-1, index)[:, 0]
         entropy = -(log_pi.exp() * log_pi).sum(-1)
         w = torch.ones(len(response), dtype=torch.float64)
         if algorithm.credit == "distribution_guided":
-            d = 1 - (log_pi.exp() * log_rho.exp()).sqrt().sum(-1)
-            largest = math.log(vocab_size) if algorithm.entropy_norm == "log_vocab" else entropy.max()
-            s = d.clamp(min=0) * (entropy / largest) ** algorithm.kappa
-            w = (len(response) * torch.softmax(s / algorithm.tau, 0)).detach()
+            scored = (log_pi if algorithm.scored_by == "current" else log_mu).detach()
+            d = 1 - (scored.exp() * log_rho.exp()).sqrt().sum(-1)
+            h = -(scored.exp() * scored).sum(-1)
+            largest = math.log(vocab_size) if algorithm.entropy_norm == "log_vocab" else h.max()
+            s = d.clamp(min=0) * (h / largest) ** algorithm.kappa
+            w = len(response) * torch.softmax(s / algorithm.tau, 0)
         weights.append(w)
-        old = chosen.detach() if old is None else torch.tensor(old, dtype=torch.float64)
-        ratio = (chosen - old).exp()
+        ratio = (chosen - torch.as_tensor(old, dtype=torch.float64)).exp()
         clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
         token_loss = -torch.minimum(ratio * advantage * w, clipped * advantage * w)
         token_loss = token_loss - algorithm.entropy_bonus * entropy

@@ -1,5 +1,8 @@
 """A full DGPO step in every layout equals the dense float64 oracle: loss, every token's weight, all gradients."""
 
+from types import SimpleNamespace
+from unittest import mock
+
 import pytest
 import torch
 
@@ -35,28 +38,29 @@ def rows():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Policies with and without a tied head and q/k norms, and references near enough for weights to differ."""
+    """[policy, reference, policy that sampled], with and without a tied head and q/k norms."""
     folder = tmp_path_factory.mktemp("oracle")
     return {
-        family: (
-            make_tiny_model(folder / family, family, vocab_size=VOCAB, seed=1),
-            make_tiny_model(folder / f"{family}-reference", family, vocab_size=VOCAB, seed=2),
-        )
+        family: [
+            make_tiny_model(folder / f"{family}-{seed}", family, vocab_size=VOCAB, seed=seed) for seed in (1, 2, 3)
+        ]
         for family in ("qwen2", "qwen3")
     }
 
 
-def megatron_step(policy_dir, reference_dir, parallel, algorithm, old_logprobs):
-    """(loss, {row: weights}, this rank's part of all gradients by Hugging Face name)."""
+def megatron_step(policy_dir, reference_dir, sampling_dir, parallel, algorithm, old_logprobs):
+    """(loss, {row: weights}, this rank's part of all gradients by Hugging Face name), through the trainer's own code.
+
+    sampling_dir: the policy that sampled, where it is not the current one. old_logprobs: its, otherwise made up.
+    """
     from megatron.core import parallel_state
 
-    from megatron_dgpo.algorithm.objective import policy_objective, token_credit
+    from megatron_dgpo import trainer
     from megatron_dgpo.batch import Batch
     from megatron_dgpo.model.device import init_device
     from megatron_dgpo.model.parallel import initialize_parallel
     from megatron_dgpo.model.policy import Policy
     from megatron_dgpo.model.reference import Reference
-    from megatron_dgpo.statistics import token_statistics
     from megatron_dgpo.weights.architectures import read_architecture
     from megatron_dgpo.weights.export import write_slices
     from megatron_dgpo.weights.load import load_weights
@@ -67,21 +71,14 @@ def megatron_step(policy_dir, reference_dir, parallel, algorithm, old_logprobs):
         parallel,
         model={"reference": reference_dir},
         algorithm=algorithm,
+        rollout={"temperature": TEMPERATURE},
         # Clipping would scale the gradients that are compared.
         optimizer={"clip_grad": 0.0},
     )
     architecture = read_architecture(policy_dir)
     initialize_parallel(config.parallel, 1)
-    group = parallel_state.get_tensor_model_parallel_group()
     policy, reference = Policy(config, architecture, 10), Reference(config, architecture)
-    load_weights(
-        policy.modules,
-        architecture,
-        policy_dir,
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-    )
-    policy.reload_master_weights()
+    rank = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     mine = list(range(8))[replica::replicas]
     table = rows()
@@ -94,26 +91,25 @@ def megatron_step(policy_dir, reference_dir, parallel, algorithm, old_logprobs):
     )
     micro_batches = batch.split(2)
     states = reference.hidden_states(micro_batches)
+    updates = trainer.Updates(SimpleNamespace(policy=policy, config=config, architecture=architecture), reference)
+    sampling = [(part.packed_sampling_logprobs, None) for part in micro_batches] if old_logprobs else []
+    if sampling_dir:
+        load_weights(policy.modules, architecture, sampling_dir, *rank)
+        sampling = policy.forward(micro_batches, updates._sampling_policy(states))
+    load_weights(policy.modules, architecture, policy_dir, *rank)
+    policy.reload_master_weights()
     weights = {}
 
-    def loss(batch, index, hidden_states, head_weight):
-        statistics = token_statistics(
-            hidden_states,
-            head_weight,
-            batch.targets,
-            temperature=TEMPERATURE,
-            vocab_size=VOCAB,
-            tp_group=group,
-            reference_hidden_states=states[index],
-            reference_head_weight=reference.head_weight,
-        )
-        w = token_credit(statistics, batch.cu_seqlens, VOCAB, config.algorithm)
+    def objective(statistics, batch, w, *rest):
+        first = next(2 * i for i, part in enumerate(micro_batches) if part is batch)
         for row, part in enumerate(w.split(batch.cu_seqlens.diff().tolist())):
-            weights[mine[2 * index + row]] = part
-        old = batch.packed_sampling_logprobs if old_logprobs else statistics.logprobs.detach()
-        return policy_objective(statistics, batch, w, old, config.algorithm)
+            weights[mine[first + row]] = part
+        return policy_objective(statistics, batch, w, *rest)
 
-    result = policy.step(micro_batches, loss)
+    policy_objective = trainer.policy_objective
+    with mock.patch.object(trainer, "policy_objective", objective):
+        loss = updates._loss(states, sampling)
+        result = policy.step(micro_batches, loss)
     # After the step the buffers still hold the reduced gradients: read them out as if they were weights.
     for module in policy.modules:
         for parameter in module.parameters():
@@ -128,23 +124,33 @@ def megatron_step(policy_dir, reference_dir, parallel, algorithm, old_logprobs):
 def test_step_equals_the_oracle(models, layout, family):
     names = ALGORITHMS if layout in ("tp1", "tp2-pp2") else ["paper"]
     for name in names:
-        check(models[family], layout, ALGORITHMS[name], with_old=name != "grpo")
+        check(*models[family][:2], None, layout, ALGORITHMS[name], with_old=name != "grpo")
 
 
-def check(model_dirs, layout, algorithm, with_old):
+@pytest.mark.parametrize("scored_by", ["sampling", "current"])
+@pytest.mark.parametrize("layout", ["tp1", "tp2-pp2"])
+def test_a_later_minibatch_equals_the_oracle(models, layout, scored_by):
+    """The current policy has moved away from the one that sampled; either may score the deviation."""
+    check(*models["qwen2"], layout, dict(tau=0.02, scored_by=scored_by), with_old=False)
+
+
+def check(policy_dir, reference_dir, sampling_dir, layout, algorithm, with_old):
     world_size, parallel = LAYOUTS[layout]
     table = rows()
     generator = torch.Generator().manual_seed(4)
     # Near -log V, as a random model's are, so that ratios fall inside and outside the clip range.
     old = [(-5 + torch.randn(len(r), generator=generator)).tolist() for _, r, _ in table] if with_old else None
     oracle = dense_step(
-        *model_dirs,
+        policy_dir,
+        reference_dir,
         [(*row, old[i] if old else None) for i, row in enumerate(table)],
         Algorithm(**algorithm),
         TEMPERATURE,
         VOCAB,
+        sampling_dir,
     )
-    results = run_ranks(megatron_step, world_size, *model_dirs, parallel, algorithm, old)
+    arguments = policy_dir, reference_dir, sampling_dir, parallel, algorithm, old
+    results = run_ranks(megatron_step, world_size, *arguments)
     for loss, _, _ in results:
         assert loss == pytest.approx(oracle.loss, rel=1e-4, abs=1e-6)
     weights = {row: w for _, found, _ in results for row, w in found.items()}

@@ -131,16 +131,16 @@ def test_resumed_run_is_bit_identical(recorded, tmp_path, layout):
 def test_killed_run_continues_with_the_same_command(recorded, tmp_path):
     whole, killed = (write_config(recorded, tmp_path / name, {"tensor": 2}) for name in ("whole", "killed"))
     run(whole)
-    process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(killed), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoints = tmp_path / "killed" / "checkpoints"
     deadline = time.monotonic() + 120
     while not candidates(checkpoints):
         assert time.monotonic() < deadline and process.poll() is None, "no checkpoint within 120 s"
         time.sleep(0.02)
-    # The launcher alone: the kernel ends its ranks.
+    # The launcher alone, while its ranks' checkpoint writers may be at work.
     process.kill()
     process.wait()
-    wait_until_gone(str(killed))
+    wait_until_gone(tmp_path)
     run(killed)
     assert_identical(weights(whole), weights(killed))
     steps = [row["step"] for row in read_metrics(tmp_path / "killed" / "metrics" / "train.jsonl")]
@@ -149,8 +149,10 @@ def test_killed_run_continues_with_the_same_command(recorded, tmp_path):
 
 def test_a_dead_rank_ends_the_run_with_its_name(recorded, tmp_path):
     config = write_config(recorded, tmp_path / "run", {"tensor": 2}, run={"steps": STEPS})
-    process = subprocess.Popen(command(config), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    rank = wait_for_process(str(config), RANK="1")
+    process = subprocess.Popen(
+        command(config), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    rank = wait_for_process(tmp_path, RANK="1")
     time.sleep(2)
     os.kill(rank, signal.SIGKILL)
     start = time.monotonic()
@@ -158,21 +160,23 @@ def test_a_dead_rank_ends_the_run_with_its_name(recorded, tmp_path):
     assert time.monotonic() - start < 60
     assert process.returncode != 0
     assert "rank 1 ended (SIGKILL)" in errors
-    wait_until_gone(str(config))
+    wait_until_gone(tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_leaves_nothing(recorded, tmp_path, number):
     shared_memory = set(Path("/dev/shm").iterdir())
     config = write_config(recorded, tmp_path / "run", {"tensor": 2})
-    process = subprocess.Popen(command(config), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_for_process(str(config), RANK="1")
+    process = subprocess.Popen(
+        command(config), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_process(tmp_path, RANK="1")
     time.sleep(1 if number == signal.SIGINT else 5)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert f"stopped by {number.name}" in errors
-    wait_until_gone(str(config))
+    wait_until_gone(tmp_path)
     assert set(Path("/dev/shm").iterdir()) <= shared_memory
 
 
@@ -194,21 +198,22 @@ def test_non_finite_steps_are_skipped_and_then_stop_the_run(recorded, tmp_path):
     assert not (tmp_path / "run" / "hf").exists()
 
 
-def processes(config: str) -> list[int]:
+def processes(folder: Path) -> list[int]:
+    """Of a command started in `folder`: its children inherit that, whatever they call themselves."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if config.encode() in (entry / "cmdline").read_bytes():
+            if (entry / "cwd").readlink() == folder:
                 found.append(int(entry.name))
         except OSError:
             pass
     return found
 
 
-def wait_for_process(config: str, **environment: str) -> int:
+def wait_for_process(folder: Path, **environment: str) -> int:
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
-        for pid in processes(config):
+        for pid in processes(folder):
             try:
                 variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             except OSError:
@@ -219,8 +224,8 @@ def wait_for_process(config: str, **environment: str) -> int:
     raise TimeoutError(f"no process with {environment} within 90 s")
 
 
-def wait_until_gone(config: str) -> None:
+def wait_until_gone(folder: Path) -> None:
     deadline = time.monotonic() + 20
-    while processes(config):
-        assert time.monotonic() < deadline, "processes are left running"
+    while processes(folder):
+        assert time.monotonic() < deadline, f"processes are left running: {processes(folder)}"
         time.sleep(0.1)

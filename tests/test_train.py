@@ -1,15 +1,20 @@
 """The whole loop with a real vLLM server, for every family: trainer, server and transformers agree throughout."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 from megatron_dgpo.metrics import read_metrics
+from tests.test_resume import processes, wait_until_gone
 from tests.tiny_models import make_tiny_model
 
 STEPS = 3
@@ -124,28 +129,42 @@ def test_eval_of_checkpoint_and_directory(folder, monkeypatch):
     assert average <= two <= four
 
 
-def test_a_dead_server_ends_the_run(folder, monkeypatch):
-    import os
-    import signal
-    import time
-
-    from tests.test_resume import processes, wait_until_gone
-
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-    config = write_config(folder, "llama", {}, prompts_per_step=16)
-    metrics = folder / "llama" / "dead" / "metrics" / "train.jsonl"
-    command = [sys.executable, "-m", "megatron_dgpo.cli", "train", str(config)]
-    command += [f"run.dir={folder / 'llama' / 'dead'}", "run.steps=1000"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def start_training(folder, name, **rollout):
+    """A run that never ends by itself, past its first step."""
+    config = write_config(folder, "llama", {}, **rollout)
+    run = folder / name
+    run.mkdir()
+    command = [sys.executable, "-m", "megatron_dgpo.cli", "train", str(config), f"run.dir={run}", "run.steps=1000"]
+    process = subprocess.Popen(command, cwd=run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics = run / "metrics" / "train.jsonl"
     deadline = time.monotonic() + 180
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
         assert process.poll() is None and time.monotonic() < deadline, "training did not begin within 180 s"
         time.sleep(0.1)
-    for pid in processes("vllm.entrypoints"):
-        if str(folder).encode() in open(f"/proc/{pid}/cmdline", "rb").read():
+    return process, run
+
+
+def test_a_dead_server_ends_the_run(folder, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    process, run = start_training(folder, "dead", prompts_per_step=16)
+    for pid in processes(run):
+        if b"vllm.entrypoints" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGKILL)
     start = time.monotonic()
     _, errors = process.communicate(timeout=60)
     assert time.monotonic() - start < 60 and process.returncode != 0
     assert "vLLM server 0 ended (SIGKILL)" in errors
-    wait_until_gone(str(config))
+    wait_until_gone(run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_run_leaves_no_server_and_no_shared_memory(folder, monkeypatch, number):
+    """Two workers a server: they reduce through shared memory. SIGKILL: of the launcher alone."""
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    shared_memory = set(Path("/dev/shm").iterdir())
+    process, run = start_training(folder, number.name, tensor=2)
+    assert len(processes(run)) >= 5 and set(Path("/dev/shm").iterdir()) > shared_memory
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    wait_until_gone(run)
+    assert set(Path("/dev/shm").iterdir()) <= shared_memory

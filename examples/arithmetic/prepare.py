@@ -48,8 +48,8 @@ def make_problems(count: int, seed: int) -> list[dict]:
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character.
 
-    As bytes without merges rather than as words: `AutoTokenizer` puts Qwen2's own splitting around the vocabulary of any
-    Qwen2 model, which lost spaces and newlines of a word-level one; bytes read the same either way.
+    As bytes without merges rather than as words: `AutoTokenizer` puts Qwen2's own splitting around the vocabulary of
+    any Qwen2 model, which lost spaces and newlines of a word-level one; bytes read the same either way.
     """
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     written = [byte_level.pre_tokenize_str(character)[0][0] for character in CHARACTERS]

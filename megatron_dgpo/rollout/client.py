@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import time
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import httpx
 from megatron_dgpo.rollout.sample import Prompt, Sample
 
 _POLL_S = 0.25
+_FILES = 2**16
 
 
 class EngineError(RuntimeError):
@@ -52,10 +54,13 @@ class Engines:
                     raise EngineError(f"{address} was not healthy within rollout.start_timeout_s={timeout_s:g}")
                 time.sleep(_POLL_S)
 
-    def generate(self, prompts: list[Prompt], n: int, temperature: float, max_tokens: int, seed: int) -> list[Sample]:
+    def generate(
+        self, prompts: list[Prompt], n: int, temperature: float, max_tokens: int, seeds: list[int]
+    ) -> list[Sample]:
         """`n` responses to each prompt, consecutive, in the order of the prompts, spread over the servers.
 
-        temperature 0 is greedy. The same seed, weights and batch of requests give the same responses.
+        temperature 0 is greedy. seeds: one for each prompt, below 2**31. The same seeds, weights and batch of requests
+        give the same responses.
         """
         sampling = {
             "n": n,
@@ -66,11 +71,8 @@ class Engines:
             "detokenize": False,
         }
         calls = []
-        for place, prompt in enumerate(prompts):
-            body = {
-                "token_ids": prompt.token_ids,
-                "sampling_params": sampling | {"seed": (seed + prompt.index * 7919) % 2**31},
-            }
+        for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            body = {"token_ids": prompt.token_ids, "sampling_params": sampling | {"seed": seed}}
             address = self.addresses[place % len(self.addresses)]
             calls.append(_Call("POST", address, "/inference/v1/generate", body))
         return [
@@ -129,6 +131,7 @@ class Engines:
         """All at once; their replies in order. The first failure cancels the rest."""
 
         async def gather() -> list[dict]:
+            free = asyncio.Semaphore(_connections())
             async with httpx.AsyncClient(
                 headers=self._headers,
                 timeout=httpx.Timeout(self._timeout_s, connect=30),
@@ -138,7 +141,7 @@ class Engines:
                 trust_env=False,
             ) as http:
                 async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(self._request(http, call)) for call in calls]
+                    tasks = [group.create_task(self._request(http, call, free)) for call in calls]
                 return [task.result() for task in tasks]
 
         try:
@@ -147,10 +150,11 @@ class Engines:
             first = failures.exceptions[0]
         raise first
 
-    async def _request(self, http: httpx.AsyncClient, call: _Call) -> dict:
+    async def _request(self, http: httpx.AsyncClient, call: _Call, free: asyncio.Semaphore) -> dict:
         place = f"{call.address}{call.path}"
         try:
-            reply = await http.request(call.method, place, json=call.body)
+            async with free:
+                reply = await http.request(call.method, place, json=call.body)
         except httpx.TimeoutException:
             raise EngineError(f"{place} did not answer within {self._timeout_s:g} s") from None
         except httpx.HTTPError as error:
@@ -158,6 +162,17 @@ class Engines:
         if reply.status_code != 200:
             raise EngineError(f"{place} answered {reply.status_code}: {reply.text[:500]}")
         return reply.json() if reply.content else {}
+
+
+def _connections() -> int:
+    """How many may be open at once: half of this process's files, of which it may have as many as the system allows.
+
+    A request beyond them would fail as if its server were gone.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = _FILES if most == resource.RLIM_INFINITY else min(most, _FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
+    return files // 2
 
 
 def _sample(prompt: Prompt, choice: dict) -> Sample:

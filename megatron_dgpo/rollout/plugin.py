@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+
 
 def register() -> None:
-    """Make the `memfd` weight transport known to vLLM."""
+    """Make the `memfd` weight transport known to vLLM, and its CPU workers' shared memory vanish with them."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    if "memfd" not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine("memfd", "megatron_dgpo.rollout.transport", "MemfdEngine")
+    if "memfd" in WeightTransferEngineFactory._registry:
+        return
+    WeightTransferEngineFactory.register_engine("memfd", "megatron_dgpo.rollout.transport", "MemfdEngine")
+    _unlink_joined_shared_memory()
+
+
+def _unlink_joined_shared_memory() -> None:
+    """vLLM's CPU workers leave the memory that they reduce through behind. Once all have joined, it needs no name."""
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    join = _CPUSHMDistributed._init_cpu_shm
+
+    def join_and_unlink(self) -> int:
+        handle = join(self)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"/dev/shm/{self.group_name}_{self.communicator.rank_in_group}")
+        return handle
+
+    _CPUSHMDistributed._init_cpu_shm = join_and_unlink

@@ -1,6 +1,8 @@
 """A real vLLM server: exact log-probs, weights updated in place, and nothing of it open to strangers."""
 
 import dataclasses
+import os
+import resource
 import secrets
 
 import httpx
@@ -8,7 +10,8 @@ import pytest
 import torch
 
 from megatron_dgpo import process
-from megatron_dgpo.rollout import server, shared_weights
+from megatron_dgpo.experience import request_seeds
+from megatron_dgpo.rollout import client, server, shared_weights
 from megatron_dgpo.rollout.client import EngineError, Engines
 from megatron_dgpo.rollout.sample import Prompt
 from megatron_dgpo.rollout.weight_sync import StaleWeightsError, check_servers
@@ -62,7 +65,7 @@ class Live:
     def worst_gap(self, temperature):
         """Largest difference between sampled tokens' log-probs and those of transformers."""
         worst = 0.0
-        for sample in self.engines.generate(PROMPTS, n=2, temperature=temperature, max_tokens=12, seed=5):
+        for sample in self.engines.generate(PROMPTS, n=2, temperature=temperature, max_tokens=12, seeds=[5, 15, 25]):
             ids = torch.tensor([sample.prompt.token_ids + sample.token_ids])
             logprobs = torch.log_softmax(self.model(ids).logits[0, :-1] / (temperature or 1.0), -1)
             start = len(sample.prompt.token_ids) - 1
@@ -71,7 +74,7 @@ class Live:
         return worst
 
     def greedy_equals_transformers(self):
-        for sample in self.engines.generate(PROMPTS, n=1, temperature=0, max_tokens=12, seed=0):
+        for sample in self.engines.generate(PROMPTS, n=1, temperature=0, max_tokens=12, seeds=[0, 10, 20]):
             ids = torch.tensor([sample.prompt.token_ids])
             expected = self.model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0)
             if expected[0, ids.shape[1] :].tolist() != sample.token_ids:
@@ -101,13 +104,44 @@ def test_logprobs_before_and_after_updates(live):
         live.push(version)
         assert live.worst_gap(0.7) < TOLERANCE, version
         assert live.greedy_equals_transformers(), version
-        samples = live.engines.generate(PROMPTS, n=1, temperature=1.0, max_tokens=4, seed=1)
+        samples = live.engines.generate(PROMPTS, n=1, temperature=1.0, max_tokens=4, seeds=[1, 11, 21])
         assert {sample.weight_version for sample in samples} == {version}
 
 
 def test_same_seed_same_samples(live):
-    first, second = (live.engines.generate(PROMPTS, n=2, temperature=1.0, max_tokens=8, seed=9) for _ in range(2))
+    first, second = (
+        live.engines.generate(PROMPTS, n=2, temperature=1.0, max_tokens=8, seeds=[9, 19, 29]) for _ in range(2)
+    )
     assert [s.token_ids for s in first] == [s.token_ids for s in second]
+
+
+def test_more_prompts_than_open_files(live, monkeypatch):
+    """A whole test set at once, where the system allows few open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(client, "_connections", lambda: 16)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 50, hard))
+    try:
+        prompts = [dataclasses.replace(PROMPTS[0], index=i) for i in range(120)]
+        samples = live.engines.generate(prompts, n=1, temperature=1.0, max_tokens=2, seeds=list(range(120)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [s.prompt.index for s in samples] == list(range(120))
+
+
+def test_no_response_is_sampled_twice(live):
+    """Neither in the next step, nor for a prompt that a step meets twice."""
+    prompts = [PROMPTS[0], PROMPTS[0], PROMPTS[1]]
+    seeds = [request_seeds(0, step, prompts) for step in range(4)]
+    responses = [
+        tuple(sample.token_ids)
+        for step in seeds
+        for sample in live.engines.generate(prompts, n=4, temperature=1.0, max_tokens=12, seeds=step)
+    ]
+    # Of 131 tokens: responses that did not end early are equal by chance once in 10^12 runs.
+    long = [tokens for tokens in responses if len(tokens) > 6]
+    assert len(responses) == 48 and len(long) > 30
+    assert len(set(long)) == len(long)
 
 
 def check(live, version, tolerance=1e-3):
@@ -158,4 +192,4 @@ def test_strangers_are_refused(live, method, path):
 def test_a_dead_server_is_an_error_at_once(live):
     process.stop(live.children, grace_s=0)
     with pytest.raises(EngineError, match="the server is gone"):
-        live.engines.generate(PROMPTS, n=1, temperature=1.0, max_tokens=4, seed=1)
+        live.engines.generate(PROMPTS, n=1, temperature=1.0, max_tokens=4, seeds=[1, 11, 21])
