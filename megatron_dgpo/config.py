@@ -22,6 +22,8 @@ class Run(Section):
     steps: PositiveInt = 100
     """Training steps; one step samples, updates and pushes the new weights to the engines."""
     seed: int = 1
+    check_finite: bool = False
+    """Stop at the first NaN or infinity that reaches the loss, naming tensor and token; for debugging, slower."""
 
 
 class Model(Section):

@@ -130,6 +130,7 @@ class Updates:
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             reference_hidden_states=reference_states,
             reference_head_weight=self._reference.head_weight if self._reference else None,
+            check_finite=self._config.run.check_finite,
         )
 
     def _credit(self, statistics, batch) -> torch.Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_dgpo.manifest import candidates
 from megatron_dgpo.metrics import read_metrics
@@ -196,6 +196,20 @@ def test_non_finite_steps_are_skipped_and_then_stop_the_run(recorded, tmp_path):
     assert "3 optimizer steps in a row had a non-finite loss or gradient" in result.stderr
     assert "skipped" in result.stdout
     assert not (tmp_path / "run" / "hf").exists()
+
+
+def test_check_finite_names_what_is_not(recorded, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(recorded / "model", model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.embed_tokens.weight"][1, 3] = torch.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    config = write_config(
+        recorded, tmp_path / "run", {"tensor": 2}, run={"check_finite": True}, model={"path": str(model)}
+    )
+    result = subprocess.run(command(config), capture_output=True, text=True, timeout=240)
+    assert result.returncode != 0
+    assert "head_weight holds nan at vocabulary row 1 (" in result.stderr
 
 
 def processes(folder: Path) -> list[int]:

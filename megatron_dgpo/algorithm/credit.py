@@ -6,6 +6,7 @@ import math
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 
 def segment_ids(cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -48,15 +49,47 @@ def gated_scores(
     return hellinger2 * normalised.clamp(0, 1) ** kappa
 
 
-def credit_weights(scores: torch.Tensor, cu_seqlens: torch.Tensor, tau: float) -> torch.Tensor:
-    """w_t = T_i · softmax_t(s_t / τ) over each response's own tokens, [N] float32, so that Σ_t w_t = T_i.
+def credit_sums(scores: torch.Tensor, cu_seqlens: torch.Tensor, tau: float) -> torch.Tensor:
+    """[3, B] float32 of the tokens at hand: per response the largest s_t / τ, Σ e^(s_t / τ − largest), their number.
 
-    scores: [N] float32, detached. cu_seqlens: [B + 1]. tau: > 0. Collectives: none.
+    scores: [N], detached. cu_seqlens: [B + 1]; a response of which nothing is at hand weighs nothing in a merge.
     """
-    ids = segment_ids(cu_seqlens)
     scaled = scores.float() / tau
-    exponentials = torch.exp(scaled - _segment_max(scaled, cu_seqlens)[ids])
-    return exponentials * (cu_seqlens.diff() / _segment_sum(exponentials, cu_seqlens))[ids]
+    largest = _segment_max(scaled, cu_seqlens)
+    exponentials = torch.exp(scaled - largest[segment_ids(cu_seqlens)])
+    return torch.stack([largest, _segment_sum(exponentials, cu_seqlens), cu_seqlens.diff().float()])
+
+
+def merge_credit_sums(parts: torch.Tensor) -> torch.Tensor:
+    """[parts, 3, B] of disjoint tokens of the same responses -> [3, B] of all of them."""
+    largest = parts[:, 0].amax(0)
+    scale = torch.where(parts[:, 2] > 0, torch.exp(parts[:, 0] - largest), 0)
+    return torch.stack([largest, (parts[:, 1] * scale).sum(0), parts[:, 2].sum(0)])
+
+
+def credit_weights(
+    scores: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    tau: float,
+    sums: torch.Tensor | None = None,
+    cp_group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """w_t = T_i · softmax_t(s_t / τ) over each response's tokens, [N] float32, so that Σ_t w_t = T_i.
+
+    scores: [N] float32, detached. cu_seqlens: [B + 1]. tau: > 0. Where a response is cut, its pieces are given one at a
+    time: sums, [3, B], are the merged `credit_sums` of all pieces on this rank (micro-batches), and cp_group holds the
+    ranks that have others; B counts the same responses everywhere. Collectives: none, or one all-gather of [3, B]
+    over cp_group.
+    """
+    if sums is None:
+        sums = credit_sums(scores, cu_seqlens, tau)
+    if cp_group is not None:
+        world = dist.get_world_size(cp_group)
+        gathered = sums.new_empty(world * 3, sums.shape[1])
+        dist.all_gather_into_tensor(gathered, sums, group=cp_group)
+        sums = merge_credit_sums(gathered.view(world, *sums.shape))
+    largest, total, length = sums[:, segment_ids(cu_seqlens)]
+    return torch.exp(scores.float() / tau - largest) * (length / total)
 
 
 def credit_concentration(weights: torch.Tensor, cu_seqlens: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -6,8 +6,15 @@ import pytest
 import torch
 
 from megatron_dgpo.algorithm.advantages import group_advantages
-from megatron_dgpo.algorithm.credit import credit_concentration, credit_weights, gated_scores
+from megatron_dgpo.algorithm.credit import (
+    credit_concentration,
+    credit_sums,
+    credit_weights,
+    gated_scores,
+    merge_credit_sums,
+)
 from megatron_dgpo.algorithm.policy_loss import aggregate, ppo_clip
+from tests.ranks import run_ranks
 
 LENGTHS = [5, 1, 0, 12, 200]
 CU = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()])
@@ -121,3 +128,37 @@ def test_aggregation_adds_up_over_micro_batches():
         whole = aggregate(values, CU, how)
         assert sum(s.item() for s, _ in split) == pytest.approx(whole[0].item(), rel=1e-5)
         assert sum(c.item() for _, c in split) == whole[1].item()
+
+
+def weights_of_a_piece(scores, bounds, tau):
+    """On a context-parallel rank with two micro-batches: weights of its pieces. bounds: [pieces + 1, B]."""
+    import torch.distributed as dist
+
+    pieces = []
+    for index in (2 * dist.get_rank(), 2 * dist.get_rank() + 1):
+        first, last = bounds[index], bounds[index + 1]
+        lengths = last - first
+        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+        pieces.append((torch.cat([scores[a:b] for a, b in zip(first, last, strict=True)]), cu_seqlens, tau))
+    sums = merge_credit_sums(torch.stack([credit_sums(*piece) for piece in pieces]))
+    return [credit_weights(*piece, sums=sums, cp_group=dist.group.WORLD) for piece in pieces]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_weights_of_a_response_that_is_cut(world, scale):
+    """Over context-parallel ranks and micro-batches, anywhere, into empty pieces too: the weights are the same."""
+    generator = torch.Generator().manual_seed(7)
+    lengths = torch.tensor([1, 40, 3, 17, 2])
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    scores = torch.randn(63, generator=generator) * scale
+    cuts = torch.stack([torch.randint(0, n + 1, (2 * world - 1,), generator=generator).sort().values for n in lengths])
+    ends = torch.cat([torch.zeros(len(lengths), 1, dtype=torch.long), cuts, lengths[:, None]], 1)
+    bounds = (cu_seqlens[:-1, None] + ends).T
+    whole = credit_weights(scores, cu_seqlens, 0.5)
+    got = [piece for found in run_ranks(weights_of_a_piece, world, scores, bounds, 0.5) for piece in found]
+    for response in range(len(lengths)):
+        parts = [piece.split((bounds[i + 1] - bounds[i]).tolist())[response] for i, piece in enumerate(got)]
+        expected = whole[cu_seqlens[response] : cu_seqlens[response + 1]]
+        torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-5, atol=1e-6)
+        assert torch.cat(parts).sum().item() == pytest.approx(lengths[response].item(), rel=1e-5)

@@ -1,0 +1,262 @@
+"""Log-probability, entropy and Hellinger distance of every token from hidden states, tile by tile of logits.
+
+Each tensor-parallel rank holds V/tp columns and goes through them in tiles of some tokens by some columns, so that the
+products are efficient whatever the vocabulary. A tile is reduced to a few sums a token (`sums`), tiles and ranks merge
+associatively: one packed all-gather a call. Backward makes each tile of the policy's logits again and turns it into
+its gradient: g·(onehot − π) − e·π·(log π + H).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megatron_dgpo.statistics import chunked
+from megatron_dgpo.statistics.sums import empty_sums, finish, merge, num_sums
+
+_TILE_COLUMNS = 4096
+_TILE_ROWS = 4096
+# On CPU a tile and its temporaries stay in the cache. On a GPU it should be large: every tile adds to float32
+# sums of H × (rows + columns), which at 4096 × 4096 cost about a tenth of the products.
+_TILE_BYTES = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
+
+
+class TokenStatistics(NamedTuple):
+    """Per token, [N] float32, the same on every tensor-parallel rank. The last two are None without a reference."""
+
+    logprobs: torch.Tensor
+    """log π(a); differentiable."""
+    entropy: torch.Tensor
+    """H(π) in nats; differentiable."""
+    hellinger2: torch.Tensor | None
+    """H²(π, ρ) in [0, 1]; carries no gradient."""
+    reference_logprobs: torch.Tensor | None
+    """log ρ(a); carries no gradient."""
+
+
+def token_statistics(
+    hidden_states: torch.Tensor,
+    head_weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    temperature: float,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup | None = None,
+    reference_hidden_states: torch.Tensor | None = None,
+    reference_head_weight: torch.Tensor | None = None,
+    head_bias: torch.Tensor | None = None,
+    reference_head_bias: torch.Tensor | None = None,
+    tier: Literal["auto", "chunked", "triton"] = "auto",
+    tile_bytes: int | None = None,
+    check_finite: bool = False,
+) -> TokenStatistics:
+    """Statistics of π = softmax(x / temperature) and ρ, x = hidden_states @ head_weightᵀ + head_bias, over the true
+    vocabulary.
+
+    hidden_states, reference_hidden_states: [N, H], the same on every rank of tp_group. head_weight,
+    reference_head_weight: [V_padded / tp, H], this rank's rows in rank order; rows at or beyond `vocab_size` are
+    padding and take part in nothing. Biases: [V_padded / tp]. targets: [N] int64, below vocab_size. tier: `auto` is
+    triton on GPUs where it is installed. tile_bytes: of one float32 tile of logits, of which a few exist at a time.
+
+    Gradients flow to hidden_states, head_weight and head_bias through `logprobs` and `entropy`, never to the reference.
+    The gradient of hidden_states is this rank's share of a sum over tp_group: whatever replicated the hidden states
+    (`copy_to_tensor_model_parallel_region`, or the gather of sequence parallelism) must reduce it. The gradient of a
+    weight that Megatron's DDP gave a float32 `main_grad` is added there, and to nothing else.
+
+    Raises FloatingPointError with check_finite, naming the input and its first token or row that is not finite.
+    Collectives: one all-gather of [8, N] (or [4, N], without a reference) float32 over tp_group forward, none backward.
+    Source: arXiv 2605.03327, §3.
+    """
+    if check_finite:
+        first = _first_row(head_weight, tp_group)
+        _check("hidden_states", hidden_states, "token")
+        _check("head_weight", head_weight, "vocabulary row", first)
+        _check("reference_hidden_states", reference_hidden_states, "token")
+        _check("reference_head_weight", reference_head_weight, "vocabulary row", first)
+    if tier == "auto":
+        tier = "triton" if hidden_states.is_cuda and importlib.util.find_spec("triton") else "chunked"
+    reference = reference_hidden_states, reference_head_weight, reference_head_bias
+    values = _Statistics.apply(
+        hidden_states,
+        head_weight,
+        head_bias,
+        targets,
+        *(None if tensor is None else tensor.detach() for tensor in reference),
+        1 / temperature,
+        vocab_size,
+        tp_group,
+        tier,
+        tile_bytes or _TILE_BYTES[hidden_states.device.type],
+    )
+    return TokenStatistics(*values)
+
+
+class _Statistics(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        bias,
+        targets,
+        reference_hidden,
+        reference_weight,
+        reference_bias,
+        scale,
+        vocab_size,
+        group,
+        tier,
+        tile_bytes,
+    ):
+        first = _first_row(weight, group)
+        ctx.columns = max(0, min(weight.shape[0], vocab_size - first))
+        ctx.scale, ctx.tile_bytes, ctx.tiles = scale, tile_bytes, _tier(tier)
+        # A gradient that nobody asked for arrives as None: without an entropy bonus its terms are left out.
+        ctx.set_materialize_grads(False)
+        n, has_reference = hidden.shape[0], reference_hidden is not None
+        local_targets = targets - first
+        total = empty_sums(num_sums(has_reference), n, hidden.device)
+        rows_step, columns_step = _tile_shape(ctx)
+        x_tile, y_tile = (hidden.new_empty(rows_step, columns_step, dtype=torch.float32) for _ in range(2))
+        for rows in _slices(n, rows_step if ctx.columns else 0):
+            parts = []
+            for columns in _slices(ctx.columns, columns_step):
+                x = _logits(x_tile, hidden[rows], weight[columns], bias, columns, scale)
+                y = None
+                if has_reference:
+                    y = _logits(
+                        y_tile, reference_hidden[rows], reference_weight[columns], reference_bias, columns, scale
+                    )
+                parts.append(total.new_empty(total.shape[0], x.shape[0]))
+                ctx.tiles.tile_sums(x, y, local_targets[rows] - columns.start, parts[-1])
+            total[:, rows] = merge(torch.stack(parts))
+        lse, *values = finish(_merge_over_ranks(total, group))
+        # The weight as it is, not a saved copy of its handle: Megatron's attributes hang on it.
+        ctx.weight, ctx.has_bias = weight, bias is not None
+        ctx.save_for_backward(hidden, bias, local_targets, lse, values[1])
+        ctx.mark_non_differentiable(*(tensor for tensor in values[2:] if tensor is not None))
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy, *_):
+        hidden, bias, targets, lse, entropy = ctx.saved_tensors
+        weight, scale = ctx.weight, ctx.scale
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        grad_bias = torch.zeros(len(weight), device=weight.device) if needs_bias else None
+        # Sums over tokens: float32 whatever the weight's dtype, rounded once.
+        fused = needs_weight and _accumulates_in_place(weight)
+        grad_weight = None
+        if needs_weight:
+            grad_weight = weight.main_grad if fused else torch.zeros_like(weight, dtype=torch.float32)
+        # x is scaled after the product: its gradient is, too.
+        grad_logprobs = torch.zeros_like(lse) if grad_logprobs is None else grad_logprobs * scale
+        grad_entropy = None if grad_entropy is None else grad_entropy * scale
+        # On CPU the products are in float32 anyway.
+        dtype = hidden.dtype if hidden.is_cuda else torch.float32
+        rows_step, columns_step = _tile_shape(ctx)
+        tile = hidden.new_empty(rows_step, columns_step, dtype=torch.float32)
+        for rows in _slices(len(hidden), rows_step if ctx.columns else 0):
+            sum_hidden = grad_hidden
+            if needs_hidden:
+                in_float32 = hidden.dtype == torch.float32
+                sum_hidden = grad_hidden[rows] if in_float32 else torch.zeros_like(hidden[rows], dtype=torch.float32)
+            vectors = (
+                lse[rows],
+                entropy[rows],
+                grad_logprobs[rows],
+                None if grad_entropy is None else grad_entropy[rows],
+            )
+            for columns in _slices(ctx.columns, columns_step):
+                x = _logits(tile, hidden[rows], weight[columns], bias, columns, scale)
+                grad = ctx.tiles.tile_gradient(x, targets[rows] - columns.start, *vectors, dtype)
+                if needs_hidden:
+                    _add_product(sum_hidden, grad, weight[columns])
+                if needs_weight:
+                    _add_product(grad_weight[columns], grad.t(), hidden[rows])
+                if needs_bias:
+                    grad_bias[columns] += grad.sum(0, dtype=torch.float32)
+            if needs_hidden and sum_hidden.dtype != grad_hidden.dtype:
+                grad_hidden[rows] = sum_hidden
+        if fused:
+            weight.grad_added_to_main_grad = True
+        return (
+            grad_hidden,
+            None if fused or not needs_weight else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            *(None,) * 9,
+        )
+
+
+def _tier(name: str):
+    if name == "chunked":
+        return chunked
+    # Triton is not everywhere, and takes long to import.
+    from megatron_dgpo.statistics import fused
+
+    return fused
+
+
+def _first_row(weight: torch.Tensor, group: dist.ProcessGroup | None) -> int:
+    """Vocabulary row of this rank's first."""
+    return 0 if group is None else dist.get_rank(group) * weight.shape[0]
+
+
+def _tile_shape(ctx) -> tuple[int, int]:
+    columns = max(1, min(ctx.columns, _TILE_COLUMNS, ctx.tile_bytes // 4))
+    return max(1, min(_TILE_ROWS, ctx.tile_bytes // (4 * columns))), columns
+
+
+def _slices(size: int, step: int) -> Iterator[slice]:
+    """Nothing where step is 0."""
+    return (slice(start, min(start + step, size)) for start in range(0, size if step else 0, step or 1))
+
+
+def _logits(tile, hidden, weight, bias, columns: slice, scale: float) -> torch.Tensor:
+    """scale · (hidden @ weightᵀ + bias[columns]), in `tile`'s memory: [rows, columns] float32, rows contiguous."""
+    out = tile.view(-1)[: len(hidden) * len(weight)].view(len(hidden), len(weight))
+    if bias is None:
+        return _add_product(out, hidden, weight.t(), alpha=scale, beta=0)
+    return _add_product(out.copy_(bias[columns]), hidden, weight.t(), alpha=scale, beta=scale)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, alpha=1.0, beta=1.0) -> torch.Tensor:
+    """total = beta · total + alpha · left @ right in float32, whatever the factors' dtype."""
+    if left.dtype == right.dtype == torch.float32:
+        return total.addmm_(left, right, alpha=alpha, beta=beta)
+    if left.is_cuda:
+        return torch.addmm(total, left, right, out_dtype=torch.float32, alpha=alpha, beta=beta, out=total)
+    return total.addmm_(left.float(), right.float(), alpha=alpha, beta=beta)
+
+
+def _merge_over_ranks(total: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Collectives: one all-gather over group, none in a group of one."""
+    world = 1 if group is None else dist.get_world_size(group)
+    if world == 1:
+        return total
+    gathered = total.new_empty(world * total.shape[0], total.shape[1])
+    dist.all_gather_into_tensor(gathered, total, group=group)
+    return merge(gathered.view(world, *total.shape))
+
+
+def _accumulates_in_place(weight: torch.Tensor) -> bool:
+    """Whether Megatron's DDP owns the gradient: then it skips what says `grad_added_to_main_grad`."""
+    main_grad = getattr(weight, "main_grad", None)
+    return hasattr(weight, "grad_added_to_main_grad") and main_grad is not None and main_grad.dtype == torch.float32
+
+
+def _check(name: str, tensor: torch.Tensor | None, unit: str, first: int = 0) -> None:
+    if tensor is None:
+        return
+    bad = (~torch.isfinite(tensor)).any(-1).nonzero()
+    if len(bad):
+        row = int(bad[0])
+        values = tensor[row]
+        value = values[~torch.isfinite(values)][0].item()
+        raise FloatingPointError(
+            f"{name} holds {value} at {unit} {first + row} ({len(bad)} of {len(tensor)} are affected)"
+        )
