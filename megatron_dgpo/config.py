@@ -117,8 +117,13 @@ class Rollout(Section):
     """Tensor-parallel size of each server."""
     addresses: tuple[str, ...] = ()
     """Running servers (http://host:port), instead of starting any; their secret in MEGATRON_DGPO_SECRET."""
-    transport: Literal["auto", "memfd", "nccl", "ipc"] = "auto"
-    """How weights travel; auto: memfd on CPU, nccl on GPUs."""
+    transport: Literal["auto", "memfd", "shards", "nccl", "ipc"] = "auto"
+    """How weights travel. memfd: shared memory of one machine; shards: each worker gets its own shards, from the ranks
+    that hold them; nccl, ipc: vLLM's own, of gathered tensors. auto: memfd on CPU, nccl on GPUs."""
+    bucket_bytes: PositiveInt = 256 * 2**20
+    """shards: most bytes that a worker receives at once; both sides hold two such buckets."""
+    transfer_timeout_s: PositiveFloat = 30
+    """shards: longest wait for the other side."""
     memory_bytes: PositiveInt = 256 * 2**20
     """KV cache of a CPU server."""
     gpu_memory_fraction: float = Field(0.85, gt=0, le=1)

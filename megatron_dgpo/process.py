@@ -45,7 +45,7 @@ class Child:
         except OSError:
             return ""
         last = "\n".join(lines[-_LAST_LINES:])
-        first = next((match[2] for line in lines if (match := _ERROR.search(line))), None)
+        first = next((m[2] for line in lines if "WARNING" not in line and (m := _ERROR.search(line))), None)
         return last if first is None else f"{last}\n\n{self.name}, first error: {first}"
 
 

@@ -20,11 +20,16 @@ from megatron_dgpo.experience import Experience
 from megatron_dgpo.manifest import Progress
 from megatron_dgpo.metrics import MetricsLog
 from megatron_dgpo.model import device
-from megatron_dgpo.model.parallel import broadcast_from_last_stage, initialize_parallel, is_replica_leader
+from megatron_dgpo.model.parallel import (
+    broadcast_from_last_stage,
+    initialize_parallel,
+    is_replica_leader,
+    trainer_layout,
+)
 from megatron_dgpo.model.policy import Policy
 from megatron_dgpo.rollout import server
 from megatron_dgpo.rollout.client import Engines
-from megatron_dgpo.rollout.weight_sync import MemfdSync, VllmSync, check_servers, from_rank_0
+from megatron_dgpo.rollout.weight_sync import MemfdSync, ShardSync, VllmSync, check_servers, from_rank_0
 from megatron_dgpo.statistics import token_statistics
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.export import FullTensors, export_hf, write_slices
@@ -110,7 +115,7 @@ class Session(contextlib.ExitStack):
         return self.enter_context(Experience(self.config, engines, self.tokenizer))
 
     @functools.cached_property
-    def _weight_sync(self) -> MemfdSync | VllmSync:
+    def _weight_sync(self) -> MemfdSync | ShardSync | VllmSync:
         engines = self.experience.engines if dist.get_rank() == 0 else None
         modules, dtype = self.policy.modules, server.dtype(self.config)
         kind = server.transport(self.config)
@@ -118,6 +123,9 @@ class Session(contextlib.ExitStack):
             return MemfdSync(
                 engines, self.architecture.hf_shapes, dtype, lambda t: write_slices(modules, self.architecture, t)
             )
+        if kind == "shards":
+            layout, rollout = trainer_layout(self.config.parallel), self.config.rollout
+            return ShardSync(engines, modules, self.architecture, layout, rollout, getattr(torch, dtype))
         source = FullTensors(modules, self.architecture, getattr(torch, dtype))
         servers = from_rank_0(lambda: len(engines.addresses))
         return VllmSync(engines, source, kind, self.config.rollout.tensor, servers)

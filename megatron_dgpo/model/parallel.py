@@ -7,6 +7,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_dgpo.config import Parallel
 from megatron_dgpo.errors import UsageError
+from megatron_dgpo.weights.resharding import TrainerLayout
 
 
 def data_parallel_size(parallel: Parallel, world_size: int) -> int:
@@ -35,6 +36,21 @@ def initialize_parallel(parallel: Parallel, seed: int) -> None:
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def trainer_layout(parallel: Parallel) -> TrainerLayout:
+    """This run's, after `initialize_parallel`; raises RuntimeError if Megatron numbers its ranks in another way."""
+    layout = TrainerLayout(
+        parallel.tensor, parallel.pipeline, parallel.chunks_per_stage, parallel_state.get_data_parallel_world_size()
+    )
+    rank = layout.rank(
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+    )
+    if rank != dist.get_rank():
+        raise RuntimeError(f"rank {dist.get_rank()} is {rank} in {layout}: Megatron's order of ranks has changed")
+    return layout
 
 
 def is_last_stage() -> bool:

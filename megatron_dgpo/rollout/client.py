@@ -98,15 +98,10 @@ class Engines:
 
     # vLLM's VLLMWeightSyncClient protocol, to all servers at once.
 
-    def init_weight_transfer_engine(self, init_info: dict, workers_per_server: int = 0) -> None:
-        """workers_per_server: where ranks of one NCCL group are given out, how many each server takes."""
-        calls = []
-        for place, address in enumerate(self.addresses):
-            info = dict(init_info)
-            if "rank_offset" in info:
-                info["rank_offset"] += place * workers_per_server
-            calls.append(_Call("POST", address, "/init_weight_transfer_engine", {"init_info": info}))
-        self._call(*calls)
+    def init_weight_transfer_engine(self, init_infos: list[dict]) -> None:
+        """One for each server."""
+        calls = zip(self.addresses, init_infos, strict=True)
+        self._call(*(_Call("POST", a, "/init_weight_transfer_engine", {"init_info": info}) for a, info in calls))
 
     def start_weight_update(self) -> None:
         """Requests in flight are kept and go on after the update, their KV cache computed anew."""

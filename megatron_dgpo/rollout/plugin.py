@@ -7,12 +7,13 @@ import os
 
 
 def register() -> None:
-    """Make the `memfd` weight transport known to vLLM, and its CPU workers' shared memory vanish with them."""
+    """Make our weight transports known to vLLM, and its CPU workers' shared memory vanish with them."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if "memfd" in WeightTransferEngineFactory._registry:
         return
     WeightTransferEngineFactory.register_engine("memfd", "megatron_dgpo.rollout.transport", "MemfdEngine")
+    WeightTransferEngineFactory.register_engine("shards", "megatron_dgpo.rollout.transport", "ShardEngine")
     _unlink_joined_shared_memory()
 
 

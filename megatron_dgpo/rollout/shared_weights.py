@@ -61,6 +61,6 @@ def attach(path: str, layout: Layout) -> dict[str, torch.Tensor]:
         os.close(descriptor)
 
 
-def checksum(tensor: torch.Tensor) -> int:
+def crc32(tensor: torch.Tensor) -> int:
     """CRC-32 of a contiguous CPU tensor's bytes."""
     return zlib.crc32(tensor.view(-1).view(torch.uint8).numpy())

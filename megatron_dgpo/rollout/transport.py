@@ -1,8 +1,10 @@
-"""Inside vLLM's workers: the `memfd` weight transport, for servers that share a machine with the trainer."""
+"""Inside vLLM's workers: the `memfd` weight transport, for servers on the trainer's machine, and `shards`, for any."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from vllm.distributed.weight_transfer.base import (
@@ -12,8 +14,28 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import (
+    _place_kernel_tensors,
+    get_layerwise_info,
+    make_online_process_loader,
+)
 
-from megatron_dgpo.rollout.shared_weights import Layout, attach, checksum
+from megatron_dgpo.rollout.shard_group import join_group, peer_named
+from megatron_dgpo.rollout.shared_weights import Layout, attach, crc32
+from megatron_dgpo.weights.architectures import read_architecture
+from megatron_dgpo.weights.resharding import (
+    Move,
+    TrainerLayout,
+    VllmLayout,
+    buckets,
+    checksum,
+    plan_moves,
+    vllm_parameters,
+    vllm_shape,
+    wrapped_sum,
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -29,37 +51,47 @@ class MemfdUpdate(WeightTransferUpdateInfo):
     num_bytes: int
 
 
-class MemfdEngine(WeightTransferEngine):
-    """Loads full Hugging Face tensors from the trainer's memory through vLLM's layerwise reload."""
+@dataclass
+class ShardInit(WeightTransferInitInfo):
+    host: str
+    port: int
+    trainer: dict
+    """Fields of TrainerLayout."""
+    server: int
+    servers: int
+    bucket_numel: int
+    timeout_s: float
 
-    init_info_cls = MemfdInit
-    update_info_cls = MemfdUpdate
+
+@dataclass
+class ShardUpdate(WeightTransferUpdateInfo):
+    checksums: list
+    """vLLM parameters whose checksums are wanted."""
+
+
+class _LayerwiseEngine(WeightTransferEngine):
+    """Loads through vLLM's layerwise reload, which also packs and quantises; one layer exists twice at a time."""
+
     checksums: dict[str, int] = {}
-    """CRC-32 of every tensor of the last finished update."""
-
-    def init_transfer_engine(self, init_info: MemfdInit) -> None:
-        self._received: dict[str, int] = {}
-        self._weights: dict[str, torch.Tensor] = {}
+    """Of the last finished update."""
 
     def start_weight_update(self) -> None:
-        self._received = {}
+        self._received: dict[str, int] = {}
         for module in self.model.modules():
             # Without this a CPU worker skips packing the experts anew and computes with garbage.
             method = getattr(module, "quant_method", None)
             if self.device.type == "cpu" and getattr(method, "moe_kernel", None) is not None:
                 method.moe_kernel = None
+            # What an update that broke off left behind would be counted as this one's.
+            info = get_layerwise_info(module)
+            if info.can_load():
+                _place_kernel_tensors(module, info)
+                info.reset()
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict) -> None:
         # Not the base class's: that one waits for an accelerator, which a CPU worker does not have.
         self.receive_weights(self.parse_update_info(update_info))
-
-    def receive_weights(self, update: MemfdUpdate) -> None:
-        tensors = [tuple(entry) for entry in update.tensors]
-        # Kept until the update is finished: a layer is put together when the last of its tensors is in.
-        self._weights = attach(update.path, Layout(update.dtype, tensors, update.num_bytes))
-        self._received = {name: checksum(tensor) for name, tensor in self._weights.items()}
-        self.model.load_weights(iter(self._weights.items()))
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -67,10 +99,136 @@ class MemfdEngine(WeightTransferEngine):
             # A tied head keeps a packed copy of the embedding that the reload does not renew.
             if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
                 module.quant_method.process_weights_after_loading(module)
-        self.checksums, self._weights = self._received, {}
+        self.checksums = self._received
+
+
+class MemfdEngine(_LayerwiseEngine):
+    """Full Hugging Face tensors from the trainer's memory, which vLLM's loaders cut."""
+
+    init_info_cls = MemfdInit
+    update_info_cls = MemfdUpdate
+
+    def init_transfer_engine(self, init_info: MemfdInit) -> None:
+        self._weights: dict[str, torch.Tensor] = {}
+
+    def receive_weights(self, update: MemfdUpdate) -> None:
+        tensors = [tuple(entry) for entry in update.tensors]
+        # Kept until the update is finished: a layer is put together when the last of its tensors is in.
+        self._weights = attach(update.path, Layout(update.dtype, tensors, update.num_bytes))
+        self._received = {name: crc32(tensor) for name, tensor in self._weights.items()}
+        self.model.load_weights(iter(self._weights.items()))
+
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()
+        self._weights = {}
 
     def shutdown(self) -> None:
         self._weights = {}
+
+
+class ShardEngine(_LayerwiseEngine):
+    """This worker's own shards and nothing else, each piece from a trainer rank that holds it."""
+
+    init_info_cls = ShardInit
+    update_info_cls = ShardUpdate
+    failure: str = ""
+    """Why the last update broke off."""
+
+    def init_transfer_engine(self, init_info: ShardInit) -> None:
+        architecture = read_architecture(Path(self.model_config.model))
+        trainer = TrainerLayout(**init_info.trainer)
+        vllm = VllmLayout(self.parallel_config.tensor_parallel_size, init_info.servers)
+        self._worker = init_info.server * vllm.tensor + self.parallel_config.rank
+        self._shapes = {name: vllm_shape(architecture, name, vllm.tensor) for name in vllm_parameters(architecture)}
+        self._check_shapes()
+        self._buckets = [
+            [move for move in bucket if move.worker == self._worker]
+            for bucket in buckets(plan_moves(architecture, trainer, vllm), init_info.bucket_numel)
+        ]
+        mine = [move for bucket in self._buckets for move in bucket if move.dim == 0]
+        self._rows = {move.target: move.target_start + move.length for move in mine}
+        self._group = join_group(
+            init_info.host,
+            init_info.port,
+            trainer.world_size + self._worker,
+            trainer.world_size + vllm.num_workers,
+            init_info.timeout_s,
+        )
+
+    def _check_shapes(self) -> None:
+        """That vLLM cuts this model as the plan does. Its packed parameters have lost their shapes by now."""
+        for name, shape in self._shapes.items():
+            layer, _, parameter = name.rpartition(".")
+            found = get_layerwise_info(self.model.get_submodule(layer)).restore_metadata[0].get(parameter)
+            if found is not None and tuple(found.shape) != shape:
+                raise ValueError(f"vLLM's {name} has shape {tuple(found.shape)}, the plan says {shape}")
+
+    def receive_weights(self, update: ShardUpdate) -> None:
+        """Never raises: when one of several workers does, vLLM takes the others' answers for those to its next call."""
+        self.failure = ""
+        try:
+            self._receive(set(update.checksums))
+        except Exception as error:
+            logger.exception("a weight update broke off")
+            self.failure = f"vLLM worker {self._worker}: {error}"
+
+    def _receive(self, sample: set[str]) -> None:
+        self._sample, self._pieces = sample, {}
+        dtype = self.model_config.dtype
+        arriving = self._post(0, dtype)
+        for index in range(len(self._buckets)):
+            # The next bucket is on its way while this one is loaded.
+            following = self._post(index + 1, dtype)
+            for moves, buffer, work in arriving:
+                with peer_named(f"bucket {index + 1} of {len(self._buckets)} from trainer rank {moves[0].rank}"):
+                    work.wait()
+                for move, piece in zip(moves, buffer.split([move.numel for move in moves]), strict=True):
+                    self._load(move, piece.view(move.shape))
+            arriving = following
+
+    def _post(self, index: int, dtype: torch.dtype) -> list:
+        """[(moves, buffer, work)] of one bucket, by sender."""
+        if index >= len(self._buckets):
+            return []
+        posted = []
+        for rank in sorted({move.rank for move in self._buckets[index]}):
+            moves = [move for move in self._buckets[index] if move.rank == rank]
+            buffer = torch.empty(sum(move.numel for move in moves), dtype=dtype, device=self.device)
+            with peer_named(f"bucket {index + 1} of {len(self._buckets)} from trainer rank {rank}"):
+                posted.append((moves, buffer, self._group.recv([buffer], rank, index)))
+        return posted
+
+    def _load(self, move: Move, piece: torch.Tensor) -> None:
+        layer_name, _, name = move.target.rpartition(".")
+        layer = self.model.get_submodule(layer_name)
+        parameter = getattr(layer, name)
+        if parameter.weight_loader.__wrapped__ != self._copy:
+            parameter.weight_loader = self._copy
+            parameter.weight_loader = make_online_process_loader(layer, name)
+        parameter.weight_loader(parameter, piece, move)
+
+    def _copy(self, param: torch.Tensor, piece: torch.Tensor, move: Move) -> None:
+        """Called twice by the reload: at once, mostly on a tensor without memory, and when its layer is complete."""
+        place = param.data.narrow(move.dim, move.target_start, move.length)
+        place.copy_(piece)
+        if param.is_meta:
+            return
+        if move.dim == 0 and move.target_start + move.length == self._rows[move.target]:
+            # Rows of padding, fresh from the allocator.
+            param.data[self._rows[move.target] :].zero_()
+        if move.target in self._sample:
+            # Read back from where the model has it, before any packing. (vLLM keeps biases in float32 on CPU.)
+            value = checksum(place.to(piece.dtype), self._shapes[move.target], move.dim, move.target_start)
+            self._pieces[move] = value
+
+    def finish_weight_update(self) -> None:
+        # A layer with padding is put together only by this.
+        super().finish_weight_update()
+        for move, value in self._pieces.items():
+            self.checksums[move.target] = wrapped_sum(self.checksums.get(move.target, 0), value)
+
+    def shutdown(self) -> None:
+        self._group = None
 
 
 class WorkerExtension:
@@ -78,3 +236,11 @@ class WorkerExtension:
 
     def received_checksums(self) -> dict[str, int]:
         return getattr(self.weight_transfer_engine, "checksums", {})
+
+    def update_failure(self) -> str:
+        """Why the last update broke off, or nothing."""
+        return getattr(self.weight_transfer_engine, "failure", "")
+
+    def abandon_update(self) -> None:
+        """Before another update: to vLLM one that broke off is still under way."""
+        self._weight_update_active = False

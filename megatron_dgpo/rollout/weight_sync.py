@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 
+from megatron_dgpo.config import Rollout
 from megatron_dgpo.rollout import shared_weights
 from megatron_dgpo.rollout.client import Engines
+from megatron_dgpo.rollout.server import free_port
+from megatron_dgpo.rollout.shard_group import join_group, peer_named
+from megatron_dgpo.weights.architectures import Architecture
+from megatron_dgpo.weights.load import named_shards
+from megatron_dgpo.weights.resharding import (
+    Move,
+    TrainerLayout,
+    VllmLayout,
+    buckets,
+    checksum,
+    plan_moves,
+    vllm_parameters,
+    vllm_shape,
+    wrapped_sum,
+)
+
+# One vLLM parameter in so many is compared after each update, others after the next.
+_SAMPLED = 16
 
 Write = Callable[[dict[str, torch.Tensor]], None]
 
@@ -32,7 +54,7 @@ class MemfdSync:
         path = shared_weights.create(self._layout) if dist.get_rank() == 0 else None
         self._path = from_rank_0(lambda: path)
         self._weights = shared_weights.attach(self._path, self._layout)
-        from_rank_0(lambda: engines.init_weight_transfer_engine({}))
+        from_rank_0(lambda: engines.init_weight_transfer_engine([{}] * len(engines.addresses)))
 
     def push(self, version: int) -> None:
         """Make every server serve the current weights as `version`. Collectives: two object broadcasts, a barrier."""
@@ -48,9 +70,153 @@ class MemfdSync:
 
     def differing_tensors(self, address: str) -> list[str]:
         """Rank 0 only: tensors of a server's last finished update whose bytes are not the trainer's."""
-        expected = {name: shared_weights.checksum(tensor) for name, tensor in self._weights.items()}
+        expected = {name: shared_weights.crc32(tensor) for name, tensor in self._weights.items()}
         workers = self._engines.call_workers(address, "received_checksums")
         return [name for name, value in expected.items() if any(worker.get(name) != value for worker in workers)]
+
+
+class ShardSync:
+    """Sends every worker its own shards, bucket by bucket, from the ranks that hold them. vLLM's workers do the rest.
+
+    All methods are collective over all ranks. engines: on global rank 0, None elsewhere.
+    """
+
+    def __init__(
+        self,
+        engines: Engines | None,
+        modules: list[torch.nn.Module],
+        architecture: Architecture,
+        trainer: TrainerLayout,
+        rollout: Rollout,
+        dtype: torch.dtype,
+    ) -> None:
+        """dtype: of the servers' weights. Returns when all workers have joined the group of both sides."""
+        self._engines, self._dtype, self._timeout_s = engines, dtype, rollout.transfer_timeout_s
+        servers = from_rank_0(lambda: len(engines.addresses))
+        vllm = VllmLayout(rollout.tensor, servers)
+        self._targets, self._workers_per_server = list(vllm_parameters(architecture)), rollout.tensor
+        self._target_shapes = {name: vllm_shape(architecture, name, rollout.tensor) for name in self._targets}
+        self._shards = dict(named_shards(modules))
+        numel = max(1, rollout.bucket_bytes // dtype.itemsize)
+        rank, self._first_worker = dist.get_rank(), trainer.world_size
+        self._buckets = [
+            [move for move in bucket if move.rank == rank]
+            for bucket in buckets(plan_moves(architecture, trainer, vllm), numel)
+        ]
+        self._expected: dict[tuple[int, str], int] = {}
+        host, port = from_rank_0(lambda: (_own_address(engines.addresses), free_port()))
+        info = {"host": host, "port": port, "trainer": dataclasses.asdict(trainer), "servers": servers}
+        info |= {"bucket_numel": numel, "timeout_s": self._timeout_s}
+        with self._request(lambda: engines.init_weight_transfer_engine([info | {"server": i} for i in range(servers)])):
+            size = trainer.world_size + vllm.num_workers
+            self._group = join_group(host, port, rank, size, self._timeout_s)
+
+    @torch.no_grad()
+    def push(self, version: int, all_checksums: bool = False) -> None:
+        """Make every server serve the current weights as `version`; remembers checksums of a sample, or of all.
+
+        Collectives: three object broadcasts, two object all-gathers; one message per bucket, rank and worker.
+        """
+        sample = [name for i, name in enumerate(self._targets) if all_checksums or (i + version) % _SAMPLED == 0]
+        from_rank_0(self._start)
+        partial: dict[tuple[int, str], int] = {}
+        with self._request(lambda: self._update({"checksums": sample})):
+            flying: list[list] = []
+            for index, bucket in enumerate(self._buckets):
+                # Two buckets are alive: one under way, one being packed.
+                flying.append(self._send(index, bucket, set(sample), partial))
+                if len(flying) > 1:
+                    self._land(flying.pop(0))
+            for works in flying:
+                self._land(works)
+        shares: list = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, partial)
+        self._expected = {}
+        for key, value in (item for share in shares for item in share.items()):
+            self._expected[key] = wrapped_sum(self._expected.get(key, 0), value)
+        from_rank_0(lambda: self._engines.finish_weight_update(str(version)))
+
+    def _start(self) -> None:
+        for address in self._engines.addresses:
+            self._engines.call_workers(address, "abandon_update")
+        self._engines.start_weight_update()
+
+    def _update(self, info: dict) -> None:
+        self._engines.update_weights(info)
+        for address in self._engines.addresses:
+            failures = [failure for failure in self._engines.call_workers(address, "update_failure") if failure]
+            if failures:
+                raise StaleWeightsError(f"{address}, {failures[0]}")
+
+    def _send(self, index: int, bucket: list[Move], sample: set[str], partial: dict) -> list:
+        """[(work, buffer, worker)]: the buffers live until they are sent."""
+        works = []
+        for worker in sorted({move.worker for move in bucket}):
+            moves = [move for move in bucket if move.worker == worker]
+            pieces = [self._piece(move) for move in moves]
+            for move, piece in zip(moves, pieces, strict=True):
+                if move.target in sample:
+                    value = checksum(piece, self._target_shapes[move.target], move.dim, move.target_start)
+                    partial[worker, move.target] = wrapped_sum(partial.get((worker, move.target), 0), value)
+            buffer = torch.cat([piece.reshape(-1) for piece in pieces])
+            with peer_named(f"a bucket for vLLM worker {worker}"):
+                works.append((self._group.send([buffer], self._first_worker + worker, index), buffer, worker))
+        return works
+
+    def _piece(self, move: Move) -> torch.Tensor:
+        source = self._shards[move.source].detach()
+        return source.narrow(move.dim, move.source_start, move.length).to(self._dtype)
+
+    @staticmethod
+    def _land(works: list) -> None:
+        for work, _, worker in works:
+            with peer_named(f"a bucket for vLLM worker {worker}"):
+                work.wait()
+
+    @contextlib.contextmanager
+    def _request(self, request: Callable):
+        """Rank 0 makes the request, which ends only when all have done the body; any failure is raised on every rank.
+
+        Collectives: one object all-gather.
+        """
+        failures = []
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(request) if self._engines else None
+            try:
+                yield
+            except Exception as error:
+                failures.append(f"trainer rank {dist.get_rank()}: {error}")
+            try:
+                if answer:
+                    answer.result()
+            except Exception as error:
+                failures.insert(0, str(error))
+        shares: list = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, failures)
+        failures = [failure for share in shares for failure in share]
+        if failures:
+            raise StaleWeightsError("the weight update broke off: " + "; ".join(failures))
+
+    def differing_tensors(self, address: str) -> list[str]:
+        """Rank 0 only: vLLM parameters of a server's last finished update whose bytes are not what was sent."""
+        first = self._engines.addresses.index(address) * self._workers_per_server
+        workers = self._engines.call_workers(address, "received_checksums")
+        return sorted(
+            {
+                name
+                for (worker, name), value in self._expected.items()
+                if first <= worker < first + len(workers) and workers[worker - first].get(name) != value
+            }
+        )
+
+
+def _own_address(servers: list[str]) -> str:
+    """Where workers reach this machine: on loopback as long as all of them are here."""
+    if all(urlsplit(address).hostname in ("127.0.0.1", "localhost") for address in servers):
+        return "127.0.0.1"
+    from vllm.utils.network_utils import get_ip
+
+    return get_ip()
 
 
 class VllmSync:
@@ -87,7 +253,13 @@ class VllmSync:
     # vLLM's VLLMWeightSyncClient protocol, called by its trainer engine on rank 0.
 
     def init_weight_transfer_engine(self, init_info: dict) -> None:
-        self._engines.init_weight_transfer_engine(init_info, self._workers_per_server)
+        # The ranks of one NCCL group, given out server by server.
+        count, offset = self._workers_per_server, init_info.get("rank_offset")
+        infos = [
+            init_info if offset is None else init_info | {"rank_offset": offset + place * count}
+            for place in range(len(self._engines.addresses))
+        ]
+        self._engines.init_weight_transfer_engine(infos)
 
     def start_weight_update(self) -> None:
         self._engines.start_weight_update()

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+NEEDS_SCRATCH = False
+
 
 @triton.jit
 def _sums(
@@ -92,7 +94,7 @@ def _blocks(x: torch.Tensor) -> dict[str, int]:
     return {"ROWS": 1 if x.is_cuda else 256, "COLUMNS": triton.next_power_of_2(x.shape[1]), "num_warps": 8}
 
 
-def tile_sums(x: torch.Tensor, y: torch.Tensor | None, target: torch.Tensor, out: torch.Tensor) -> None:
+def tile_sums(x: torch.Tensor, y: torch.Tensor | None, target: torch.Tensor, out: torch.Tensor, _scratch: None) -> None:
     """As `chunked.tile_sums`; x and y are left as they are."""
     blocks = _blocks(x)
     grid = (triton.cdiv(x.shape[0], blocks["ROWS"]),)
@@ -108,6 +110,7 @@ def tile_gradient(
     grad_logprobs: torch.Tensor,
     grad_entropy: torch.Tensor | None,
     dtype: torch.dtype,
+    _scratch: None,
 ) -> torch.Tensor:
     """As `chunked.tile_gradient`; x is left as it is."""
     blocks = _blocks(x)

@@ -121,7 +121,7 @@ class _Statistics(torch.autograd.Function):
         local_targets = targets - first
         total = empty_sums(num_sums(has_reference), n, hidden.device)
         rows_step, columns_step = _tile_shape(ctx)
-        x_tile, y_tile = (hidden.new_empty(rows_step, columns_step, dtype=torch.float32) for _ in range(2))
+        x_tile, y_tile, scratch = _new_tiles(ctx, 3, hidden.device)
         for rows in _slices(n, rows_step if ctx.columns else 0):
             parts = []
             for columns in _slices(ctx.columns, columns_step):
@@ -132,7 +132,7 @@ class _Statistics(torch.autograd.Function):
                         y_tile, reference_hidden[rows], reference_weight[columns], reference_bias, columns, scale
                     )
                 parts.append(total.new_empty(total.shape[0], x.shape[0]))
-                ctx.tiles.tile_sums(x, y, local_targets[rows] - columns.start, parts[-1])
+                ctx.tiles.tile_sums(x, y, local_targets[rows] - columns.start, parts[-1], _like(x, scratch))
             total[:, rows] = merge(torch.stack(parts))
         lse, *values = finish(_merge_over_ranks(total, group))
         # The weight as it is, not a saved copy of its handle: Megatron's attributes hang on it.
@@ -159,7 +159,7 @@ class _Statistics(torch.autograd.Function):
         # On CPU the products are in float32 anyway.
         dtype = hidden.dtype if hidden.is_cuda else torch.float32
         rows_step, columns_step = _tile_shape(ctx)
-        tile = hidden.new_empty(rows_step, columns_step, dtype=torch.float32)
+        tile, scratch = _new_tiles(ctx, 2, hidden.device)
         for rows in _slices(len(hidden), rows_step if ctx.columns else 0):
             sum_hidden = grad_hidden
             if needs_hidden:
@@ -173,7 +173,7 @@ class _Statistics(torch.autograd.Function):
             )
             for columns in _slices(ctx.columns, columns_step):
                 x = _logits(tile, hidden[rows], weight[columns], bias, columns, scale)
-                grad = ctx.tiles.tile_gradient(x, targets[rows] - columns.start, *vectors, dtype)
+                grad = ctx.tiles.tile_gradient(x, targets[rows] - columns.start, *vectors, dtype, _like(x, scratch))
                 if needs_hidden:
                     _add_product(sum_hidden, grad, weight[columns])
                 if needs_weight:
@@ -211,6 +211,18 @@ def _tile_shape(ctx) -> tuple[int, int]:
     return max(1, min(_TILE_ROWS, ctx.tile_bytes // (4 * columns))), columns
 
 
+def _new_tiles(ctx, count: int, device: torch.device) -> list[torch.Tensor | None]:
+    """The last is scratch, None where the tier needs none."""
+    size = torch.Size(_tile_shape(ctx)).numel()
+    tiles = [torch.empty(size, device=device) for _ in range(count - 1)]
+    return [*tiles, torch.empty(size, device=device) if ctx.tiles.NEEDS_SCRATCH else None]
+
+
+def _like(x: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor | None:
+    """A tensor of x's shape at the start of `memory`: rows are contiguous, whatever the tile's size."""
+    return None if memory is None else memory[: x.numel()].view(x.shape)
+
+
 def _slices(size: int, step: int) -> Iterator[slice]:
     """Nothing where step is 0."""
     return (slice(start, min(start + step, size)) for start in range(0, size if step else 0, step or 1))
@@ -218,7 +230,7 @@ def _slices(size: int, step: int) -> Iterator[slice]:
 
 def _logits(tile, hidden, weight, bias, columns: slice, scale: float) -> torch.Tensor:
     """scale · (hidden @ weightᵀ + bias[columns]), in `tile`'s memory: [rows, columns] float32, rows contiguous."""
-    out = tile.view(-1)[: len(hidden) * len(weight)].view(len(hidden), len(weight))
+    out = tile[: len(hidden) * len(weight)].view(len(hidden), len(weight))
     if bias is None:
         return _add_product(out, hidden, weight.t(), alpha=scale, beta=0)
     return _add_product(out.copy_(bias[columns]), hidden, weight.t(), alpha=scale, beta=scale)

@@ -52,7 +52,7 @@ class Live:
         self.engines.finish_weight_update(str(version))
 
     def differing_tensors(self, address):
-        expected = {name: shared_weights.checksum(tensor) for name, tensor in self.weights.items()}
+        expected = {name: shared_weights.crc32(tensor) for name, tensor in self.weights.items()}
         worker = self.engines.call_workers(address, "received_checksums")[0]
         return [name for name, value in expected.items() if worker.get(name) != value]
 
@@ -91,7 +91,7 @@ def live(request, tmp_path_factory):
     found = Live(tmp_path_factory.mktemp(request.param), family, **({"tensor": 2} if layout else {}))
     try:
         found.engines.wait_until_healthy(240)
-        found.engines.init_weight_transfer_engine({})
+        found.engines.init_weight_transfer_engine([{}])
         yield found
     finally:
         found.close()

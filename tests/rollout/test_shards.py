@@ -1,0 +1,160 @@
+"""Shard-exact updates of a real vLLM server from real Megatron ranks, in many layouts, and what breaks one off."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from megatron_dgpo import process
+from megatron_dgpo.rollout import server
+from megatron_dgpo.rollout.client import Engines
+from tests.layouts import make_config
+from tests.ranks import run_ranks
+from tests.tiny_models import make_tiny_model
+
+# Fixed: the ranks import this file anew.
+SECRET = "of-this-test-only"
+PROBE = [1, 50, 60, 70, 80, 90, 100]
+# vLLM on CPU wants heads of at least 32.
+SIZES = dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
+
+
+def make_test_config(folder, workers, parallel):
+    return make_config(
+        folder / "model",
+        parallel,
+        run={"dir": folder},
+        rollout={
+            "context_tokens": 64,
+            "start_timeout_s": 240,
+            "tensor": workers,
+            "transport": "shards",
+            # Many buckets, so that their order matters.
+            "bucket_bytes": 2**14,
+            "transfer_timeout_s": 20,
+        },
+    )
+
+
+@pytest.fixture(scope="module", params=[("qwen2", 1), ("qwen3", 2)], ids=["qwen2-1-worker", "qwen3-2-workers"])
+def live(request, tmp_path_factory):
+    """Engines of a server that started with other weights than those in `model`, and the folder."""
+    family, tensor = request.param
+    folder = tmp_path_factory.mktemp(family)
+    make_tiny_model(folder / "model", family, **SIZES)
+    config = make_test_config(folder, tensor, {})
+    children, addresses = server.start(config, SECRET, folder)
+    try:
+        engines = Engines(addresses, SECRET, 60, [2])
+        engines.wait_until_healthy(240)
+        yield engines, folder, family, tensor, children
+    finally:
+        process.stop(children)
+
+
+def push(folder, model, tensor, parallel, addresses, version, kill=None):
+    """On every trainer rank: load `model` and send it; which tensors differ then, and how many were compared.
+
+    kill: process group to end when the last rank is about to send its fourth bucket; 0 is that rank itself.
+    """
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_dgpo.model.device import init_device
+    from megatron_dgpo.model.parallel import initialize_parallel, trainer_layout
+    from megatron_dgpo.model.policy import Policy
+    from megatron_dgpo.rollout.client import Engines
+    from megatron_dgpo.rollout.weight_sync import ShardSync, from_rank_0
+    from megatron_dgpo.weights.architectures import read_architecture
+    from megatron_dgpo.weights.load import load_weights
+
+    init_device()
+    config = make_test_config(folder, tensor, parallel)
+    initialize_parallel(config.parallel, 1)
+    architecture = read_architecture(model)
+    policy = Policy(config, architecture, 1)
+    load_weights(
+        policy.modules,
+        architecture,
+        model,
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    engines = Engines(addresses, SECRET, 60, [2]) if dist.get_rank() == 0 else None
+    sync = ShardSync(
+        engines, policy.modules, architecture, trainer_layout(config.parallel), config.rollout, torch.float32
+    )
+    if kill is not None and dist.get_rank() == dist.get_world_size() - 1:
+        send = sync._send
+
+        def send_three(index, *rest):
+            if index == 3:
+                os.killpg(kill, signal.SIGKILL) if kill else os._exit(9)
+            return send(index, *rest)
+
+        sync._send = send_three
+    sync.push(version, all_checksums=True)
+    return from_rank_0(lambda: (sync.differing_tensors(addresses[0]), len(sync._expected)))
+
+
+def served_gap(engines, model):
+    from transformers import AutoModelForCausalLM
+
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        logprobs = torch.log_softmax(policy(torch.tensor([PROBE])).logits[0], -1)
+    expected = [logprobs[i, token].item() for i, token in enumerate(PROBE[1:])]
+    served = engines.prompt_logprobs(engines.addresses[0], PROBE)
+    return max(abs(a - b) for a, b in zip(expected, served, strict=True))
+
+
+LAYOUTS = [
+    (1, {}),
+    (2, {"tensor": 2}),
+    (4, {"tensor": 4}),
+    (2, {"pipeline": 2}),
+    (4, {"tensor": 2, "pipeline": 2}),
+    (2, {"pipeline": 2, "chunks_per_stage": 2}),
+    (2, {"data": 2}),
+]
+
+
+def test_every_layout_updates_the_server(live):
+    """All parameters read back from the workers, before vLLM packs them, and the log-probs after it."""
+    engines, folder, family, tensor, _ = live
+    for version, (world, parallel) in enumerate(LAYOUTS, start=1):
+        model = make_tiny_model(folder / f"model-{version}", family, seed=version, **SIZES)
+        [(differing, compared), *_] = run_ranks(
+            push, world, folder, model, tensor, parallel, engines.addresses, version
+        )
+        assert differing == [], parallel
+        assert compared >= 30 * tensor
+        assert engines.weight_version(engines.addresses[0]) == str(version)
+        assert served_gap(engines, model) < 1e-4, parallel
+
+
+def test_a_trainer_that_dies_leaves_the_server_stale_and_the_next_update_heals_it(live):
+    engines, folder, family, tensor, children = live
+    before = engines.weight_version(engines.addresses[0])
+    model = make_tiny_model(folder / "model-dying", family, seed=50, **SIZES)
+    with pytest.raises(AssertionError, match="rank 1 died"):
+        run_ranks(push, 2, folder, model, tensor, {"tensor": 2}, engines.addresses, 50, 0)
+    start = time.monotonic()
+    assert engines.weight_version(engines.addresses[0]) == before
+    # The broken update has ended on its own by then.
+    [(differing, _), *_] = run_ranks(push, 2, folder, model, tensor, {"tensor": 2}, engines.addresses, 51)
+    assert differing == [] and time.monotonic() - start < 60
+    assert served_gap(engines, model) < 1e-4
+    assert "the other side is gone or stuck" in children[0].log.read_text()
+
+
+def test_a_server_that_dies_in_an_update_is_an_error_on_every_rank(live):
+    engines, folder, family, tensor, children = live
+    start = time.monotonic()
+    with pytest.raises(AssertionError) as failure:
+        group = children[0].process.pid
+        run_ranks(push, 2, folder, folder / "model", tensor, {"tensor": 2}, engines.addresses, 60, group)
+    assert time.monotonic() - start < 30
+    assert str(failure.value).count("StaleWeightsError: the weight update broke off") == 2

@@ -1,0 +1,145 @@
+"""The plan: every worker gets exactly the bytes of its own shard, from ranks that hold them, evenly."""
+
+from collections import defaultdict
+
+import pytest
+import torch
+
+from megatron_dgpo.weights.architectures import read_architecture
+from megatron_dgpo.weights.resharding import (
+    TrainerLayout,
+    VllmLayout,
+    buckets,
+    checksum,
+    plan_moves,
+    vllm_parameters,
+    vllm_shape,
+    wrapped_sum,
+)
+from megatron_dgpo.weights.slices import padded_vocab_size, shard_slices
+from tests.tiny_models import make_tiny_model
+
+VOCAB = 131  # no group size divides it
+TRAINERS = [
+    TrainerLayout(tensor, pipeline, chunks, data)
+    for tensor in (1, 2, 4)
+    for pipeline, chunks in ((1, 1), (2, 1), (2, 2))
+    for data in (1, 3)
+]
+
+
+@pytest.fixture(scope="module", params=["qwen2", "qwen3", "llama"])
+def model(request, tmp_path_factory):
+    folder = make_tiny_model(
+        tmp_path_factory.mktemp(request.param) / "model",
+        request.param,
+        vocab_size=VOCAB,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    architecture = read_architecture(folder)
+    generator = torch.Generator().manual_seed(0)
+    full = {name: torch.randn(shape, generator=generator) for name, shape in architecture.hf_shapes.items()}
+    return architecture, full
+
+
+def megatron_shard(architecture, full, name, rank, size):
+    """What a tensor-parallel rank holds of one parameter; blank where it is padding."""
+    parts = shard_slices(architecture, name, rank, size)
+    shape = list(full[architecture.parameters[name][1]].shape)
+    if architecture.parameters[name][0] == "vocab":
+        shape[0] = padded_vocab_size(architecture.vocab_size, size) // size
+    else:
+        dim = parts[0].dim
+        shape[dim] = sum(part.length for part in parts)
+    shard = torch.full(shape, torch.nan)
+    for part in parts:
+        part.of_shard(shard).copy_(part.of_full(full[part.name]))
+    return shard
+
+
+def vllm_shard(architecture, full, name, rank, size):
+    """As vLLM's own loaders cut the full tensors."""
+    split, *sources = vllm_parameters(architecture)[name]
+    tensors = [full[source] for source in sources]
+    if split == "copy":
+        return tensors[0]
+    if split == "row":
+        return tensors[0].chunk(size, 1)[rank]
+    if split == "gate_up":
+        return torch.cat([tensor.chunk(size)[rank] for tensor in tensors])
+    if split == "qkv":
+        heads = architecture.num_query_groups
+        keys = [t.view(heads, architecture.head_dim, *t.shape[1:]) for t in tensors[1:]]
+        mine = range(rank * heads // size, (rank + 1) * heads // size) if size <= heads else [rank * heads // size]
+        return torch.cat([tensors[0].chunk(size)[rank], *(key[list(mine)].flatten(0, 1) for key in keys)])
+    rows = -(-VOCAB // 64) * 64
+    padded = torch.cat([tensors[0], torch.zeros(rows - VOCAB, *tensors[0].shape[1:])])
+    return padded.chunk(size)[rank]
+
+
+@pytest.mark.parametrize("vllm", [VllmLayout(1, 1), VllmLayout(2, 2), VllmLayout(4, 1), VllmLayout(8, 1)])
+def test_workers_get_their_own_shards_once(model, vllm):
+    architecture, full = model
+    for trainer in TRAINERS:
+        moves = plan_moves(architecture, trainer, vllm)
+        received = {
+            (worker, name): torch.zeros(vllm_shape(architecture, name, vllm.tensor))
+            for worker in range(vllm.num_workers)
+            for name in vllm_parameters(architecture)
+        }
+        written = {key: torch.zeros_like(tensor) for key, tensor in received.items()}
+        for move in moves:
+            tensor_rank, pipeline_rank = move.rank % trainer.tensor, move.rank // (trainer.tensor * trainer.data)
+            assert pipeline_rank == trainer.stage(architecture, move.source)
+            source = megatron_shard(architecture, full, move.source, tensor_rank, trainer.tensor)
+            key = move.worker, move.target
+            received[key].narrow(move.dim, move.target_start, move.length).copy_(
+                source.narrow(move.dim, move.source_start, move.length)
+            )
+            written[key].narrow(move.dim, move.target_start, move.length).add_(1)
+        for (worker, name), tensor in received.items():
+            expected = vllm_shard(architecture, full, name, worker % vllm.tensor, vllm.tensor)
+            assert torch.equal(tensor, expected), (trainer, worker, name)
+            # Each byte once, and none for padding.
+            padding = expected.abs().sum(-1) == 0 if name.endswith(("embed_tokens.weight", "lm_head.weight")) else None
+            once = written[worker, name]
+            assert torch.equal(
+                once, torch.ones_like(once) if padding is None else (~padding)[:, None].expand_as(once) * 1.0
+            )
+
+
+def test_replicas_share_the_sending(model):
+    architecture, _ = model
+    sent = defaultdict(int)
+    trainer = TrainerLayout(2, 1, 1, 3)
+    for move in plan_moves(architecture, trainer, VllmLayout(2, 3)):
+        sent[move.rank] += move.numel
+    assert len(sent) == trainer.world_size
+    assert max(sent.values()) < 1.1 * min(sent.values())
+
+
+def test_buckets_keep_order_and_limit(model):
+    architecture, _ = model
+    moves = plan_moves(architecture, TrainerLayout(2, 2, 1, 1), VllmLayout(2, 1))
+    limit = 3000
+    found = list(buckets(moves, limit))
+    assert [move for bucket in found for move in bucket] == moves and len(found) > 3
+    for bucket in found:
+        for worker in range(2):
+            numel = sum(move.numel for move in bucket if move.worker == worker)
+            assert numel <= limit or len({move.target for move in bucket}) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checksums_add_up_and_see_order(dtype):
+    tensor = torch.randn(40, 30, generator=torch.Generator().manual_seed(1)).to(dtype)
+    whole = checksum(tensor, (40, 30))
+    parts = [checksum(tensor[a:b], (40, 30), 0, a) for a, b in ((0, 7), (7, 39), (39, 40))]
+    assert wrapped_sum(*parts) == whole
+    assert wrapped_sum(checksum(tensor[:, :11], (40, 30), 1, 0), checksum(tensor[:, 11:], (40, 30), 1, 11)) == whole
+    assert checksum(tensor.flip(0), (40, 30)) != whole
+    changed = tensor.clone()
+    changed[3, 3] += 1
+    assert checksum(changed, (40, 30)) != whole

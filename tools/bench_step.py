@@ -1,0 +1,173 @@
+"""What DGPO adds to a training step over GRPO with the same reference pass (paper: 3.6 %).
+
+    python tools/bench_step.py --json benchmarks/step.json
+
+One step is: reference hidden states, policy forward and backward over micro-batches, optimizer. GRPO's here computes
+log π(a) and H(π) of the policy and log ρ(a) of the reference, as for its KL term; DGPO's computes H² beside them in the
+same pass, and credit weights. Rollouts, which cost both the same, are left out: the share of a whole step is smaller.
+The two take turns on the same random responses; each one's fastest round counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from megatron_dgpo.algorithm.objective import policy_objective
+from megatron_dgpo.batch import Batch
+from megatron_dgpo.config import Config
+from megatron_dgpo.model.device import init_device
+from megatron_dgpo.model.parallel import initialize_parallel
+from megatron_dgpo.model.policy import Policy
+from megatron_dgpo.model.reference import Reference
+from megatron_dgpo.statistics import token_statistics
+from megatron_dgpo.trainer import Updates
+from megatron_dgpo.weights.architectures import read_architecture
+from megatron_dgpo.weights.load import load_weights
+
+_COLUMNS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    model: dict
+    responses: int
+    micro_batch: int
+    prompt_tokens: int
+    response_tokens: int
+
+
+CASES = {
+    # The model and the batch of examples/arithmetic.
+    "demo": Case(
+        dict(vocab_size=20, hidden_size=128, intermediate_size=768, num_hidden_layers=3)
+        | dict(num_attention_heads=4, num_key_value_heads=2),
+        256,
+        256,
+        8,
+        40,
+    ),
+    "100M": Case(
+        dict(vocab_size=32_000, hidden_size=768, intermediate_size=2048, num_hidden_layers=11)
+        | dict(num_attention_heads=12, num_key_value_heads=4),
+        8,
+        2,
+        32,
+        96,
+    ),
+}
+
+
+def reference_logprobs(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log ρ(a), [N], and nothing more, in tiles as well: what a KL term needs of the reference."""
+    lse = torch.full((len(hidden),), -torch.inf, device=hidden.device)
+    for start in range(0, len(head), _COLUMNS):
+        lse = torch.logaddexp(lse, torch.logsumexp((hidden @ head[start : start + _COLUMNS].t()).float(), -1))
+    return (hidden * head[targets]).sum(-1).float() - lse
+
+
+def grpo_loss(updates: Updates, states: list[torch.Tensor], reference: Reference, config: Config, vocab_size: int):
+    def loss(batch, index, hidden_states, head_weight):
+        statistics = token_statistics(hidden_states, head_weight, batch.targets, temperature=1.0, vocab_size=vocab_size)
+        with torch.no_grad():
+            reference_logprobs(states[index], reference.head_weight, batch.targets)
+        weights = torch.ones_like(statistics.logprobs)
+        return policy_objective(statistics, batch, weights, statistics.logprobs.detach(), config.algorithm)
+
+    return loss
+
+
+def measure(name: str, case: Case, folder: Path, rounds: int) -> dict:
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**case.model, tie_word_embeddings=True))
+    parameters = sum(p.numel() for p in model.parameters())
+    model.save_pretrained(folder / name)
+    config = Config.model_validate(
+        {
+            "model": {"path": folder / name, "dtype": "bfloat16" if torch.cuda.is_available() else "float32"},
+            "data": {"train": "none"},
+            "algorithm": {"tau": 0.02},
+        }
+    )
+    architecture = read_architecture(config.model.path)
+    policy, reference = Policy(config, architecture, 1000), Reference(config, architecture)
+    load_weights(policy.modules, architecture, config.model.path, 0, 1)
+    policy.reload_master_weights()
+    vocabulary = case.model["vocab_size"]
+    tokens = torch.randint(vocabulary, (case.responses, case.prompt_tokens + case.response_tokens)).tolist()
+    batch = Batch.from_sequences(
+        [row[: case.prompt_tokens] for row in tokens],
+        [row[case.prompt_tokens :] for row in tokens],
+        torch.randn(case.responses).tolist(),
+    ).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    micro_batches = batch.split(case.micro_batch)
+    updates = Updates(SimpleNamespace(policy=policy, config=config, architecture=architecture), reference)
+
+    def step(dgpo: bool) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        states = reference.hidden_states(micro_batches)
+        grpo = grpo_loss(updates, states, reference, config, vocabulary)
+        # step() ends by reading the metrics: nothing is left in flight.
+        policy.step(micro_batches, updates._loss(states, []) if dgpo else grpo)
+        return time.perf_counter() - start
+
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(2):
+        step(True), step(False)
+    for round_index in range(rounds):
+        for dgpo in (True, False) if round_index % 2 else (False, True):
+            times[dgpo].append(step(dgpo))
+    dgpo_s, grpo_s = min(times[True]), min(times[False])
+    return {
+        "case": name,
+        "parameters": parameters,
+        "tokens": case.responses * case.response_tokens,
+        "dgpo_s": dgpo_s,
+        "grpo_s": grpo_s,
+        "share": dgpo_s / grpo_s - 1,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--case", choices=list(CASES), action="append")
+    arguments = parser.parse_args()
+    console = Console()
+    table = Table("model", "parameters", "response tokens", "GRPO s", "DGPO s", "DGPO adds")
+    results = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        init_device()
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/group", rank=0, world_size=1)
+        config = Config.model_validate({"model": {"path": "none"}, "data": {"train": "none"}})
+        initialize_parallel(config.parallel, 1)
+        for case in arguments.case or CASES:
+            result = measure(case, CASES[case], folder, arguments.rounds)
+            results.append(result)
+            times = f"{result['grpo_s']:.3f}", f"{result['dgpo_s']:.3f}", f"{result['share']:.1%}"
+            table.add_row(case, f"{result['parameters'] / 1e6:.1f} M", f"{result['tokens']:,}", *times)
+        dist.destroy_process_group()
+    console.print(table)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
