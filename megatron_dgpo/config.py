@@ -124,6 +124,8 @@ class Rollout(Section):
     """shards: most bytes that a worker receives at once; both sides hold two such buckets."""
     transfer_timeout_s: PositiveFloat = 30
     """shards: longest wait for the other side."""
+    check_all_weights: bool = False
+    """shards: compare every parameter's checksum after each update, instead of a sixteenth of them in turn."""
     memory_bytes: PositiveInt = 256 * 2**20
     """KV cache of a CPU server."""
     gpu_memory_fraction: float = Field(0.85, gt=0, le=1)

@@ -70,19 +70,19 @@ def write_config(folder, family, parallel, **rollout):
 
 
 @pytest.mark.parametrize(
-    "family, parallel",
+    "family, parallel, transport",
     [
-        ("llama", {"tensor": 2}),
-        ("mistral", {}),
-        ("qwen2", {"pipeline": 2}),
-        ("qwen3", {"data": 2}),
+        ("llama", {"tensor": 2}, "memfd"),
+        ("mistral", {}, "memfd"),
+        ("qwen2", {"pipeline": 2}, "shards"),
+        ("qwen3", {"data": 2}, "shards"),
     ],
 )
-def test_three_steps(folder, monkeypatch, family, parallel):
+def test_three_steps(folder, monkeypatch, family, parallel, transport):
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setenv("PYTHONPATH", str(folder))
-    config = write_config(folder, family, parallel)
+    config = write_config(folder, family, parallel, transport=transport)
     megatron_dgpo("train", config)
     run = folder / family / "run"
     rows = read_metrics(run / "metrics" / "train.jsonl")

@@ -20,7 +20,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     make_online_process_loader,
 )
 
-from megatron_dgpo.rollout.shard_group import join_group, peer_named
+from megatron_dgpo.rollout.shard_stream import join_group, receive_buckets
 from megatron_dgpo.rollout.shared_weights import Layout, attach, crc32
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.resharding import (
@@ -166,37 +166,12 @@ class ShardEngine(_LayerwiseEngine):
     def receive_weights(self, update: ShardUpdate) -> None:
         """Never raises: when one of several workers does, vLLM takes the others' answers for those to its next call."""
         self.failure = ""
+        self._sample, self._pieces = set(update.checksums), {}
         try:
-            self._receive(set(update.checksums))
+            receive_buckets(self._group, self._buckets, self._load, self.model_config.dtype, self.device)
         except Exception as error:
             logger.exception("a weight update broke off")
             self.failure = f"vLLM worker {self._worker}: {error}"
-
-    def _receive(self, sample: set[str]) -> None:
-        self._sample, self._pieces = sample, {}
-        dtype = self.model_config.dtype
-        arriving = self._post(0, dtype)
-        for index in range(len(self._buckets)):
-            # The next bucket is on its way while this one is loaded.
-            following = self._post(index + 1, dtype)
-            for moves, buffer, work in arriving:
-                with peer_named(f"bucket {index + 1} of {len(self._buckets)} from trainer rank {moves[0].rank}"):
-                    work.wait()
-                for move, piece in zip(moves, buffer.split([move.numel for move in moves]), strict=True):
-                    self._load(move, piece.view(move.shape))
-            arriving = following
-
-    def _post(self, index: int, dtype: torch.dtype) -> list:
-        """[(moves, buffer, work)] of one bucket, by sender."""
-        if index >= len(self._buckets):
-            return []
-        posted = []
-        for rank in sorted({move.rank for move in self._buckets[index]}):
-            moves = [move for move in self._buckets[index] if move.rank == rank]
-            buffer = torch.empty(sum(move.numel for move in moves), dtype=dtype, device=self.device)
-            with peer_named(f"bucket {index + 1} of {len(self._buckets)} from trainer rank {rank}"):
-                posted.append((moves, buffer, self._group.recv([buffer], rank, index)))
-        return posted
 
     def _load(self, move: Move, piece: torch.Tensor) -> None:
         layer_name, _, name = move.target.rpartition(".")

@@ -15,7 +15,7 @@ from megatron_dgpo.config import Rollout
 from megatron_dgpo.rollout import shared_weights
 from megatron_dgpo.rollout.client import Engines
 from megatron_dgpo.rollout.server import free_port
-from megatron_dgpo.rollout.shard_group import join_group, peer_named
+from megatron_dgpo.rollout.shard_stream import join_group, send_buckets
 from megatron_dgpo.weights.architectures import Architecture
 from megatron_dgpo.weights.load import named_shards
 from megatron_dgpo.weights.resharding import (
@@ -91,7 +91,7 @@ class ShardSync:
         dtype: torch.dtype,
     ) -> None:
         """dtype: of the servers' weights. Returns when all workers have joined the group of both sides."""
-        self._engines, self._dtype, self._timeout_s = engines, dtype, rollout.transfer_timeout_s
+        self._engines, self._dtype, self._all = engines, dtype, rollout.check_all_weights
         servers = from_rank_0(lambda: len(engines.addresses))
         vllm = VllmLayout(rollout.tensor, servers)
         self._targets, self._workers_per_server = list(vllm_parameters(architecture)), rollout.tensor
@@ -106,29 +106,31 @@ class ShardSync:
         self._expected: dict[tuple[int, str], int] = {}
         host, port = from_rank_0(lambda: (_own_address(engines.addresses), free_port()))
         info = {"host": host, "port": port, "trainer": dataclasses.asdict(trainer), "servers": servers}
-        info |= {"bucket_numel": numel, "timeout_s": self._timeout_s}
+        info |= {"bucket_numel": numel, "timeout_s": rollout.transfer_timeout_s}
         with self._request(lambda: engines.init_weight_transfer_engine([info | {"server": i} for i in range(servers)])):
             size = trainer.world_size + vllm.num_workers
-            self._group = join_group(host, port, rank, size, self._timeout_s)
+            self._group = join_group(host, port, rank, size, rollout.transfer_timeout_s)
 
     @torch.no_grad()
-    def push(self, version: int, all_checksums: bool = False) -> None:
+    def push(self, version: int) -> None:
         """Make every server serve the current weights as `version`; remembers checksums of a sample, or of all.
 
         Collectives: three object broadcasts, two object all-gathers; one message per bucket, rank and worker.
         """
-        sample = [name for i, name in enumerate(self._targets) if all_checksums or (i + version) % _SAMPLED == 0]
+        sample = {name for i, name in enumerate(self._targets) if self._all or (i + version) % _SAMPLED == 0}
         from_rank_0(self._start)
         partial: dict[tuple[int, str], int] = {}
-        with self._request(lambda: self._update({"checksums": sample})):
-            flying: list[list] = []
-            for index, bucket in enumerate(self._buckets):
-                # Two buckets are alive: one under way, one being packed.
-                flying.append(self._send(index, bucket, set(sample), partial))
-                if len(flying) > 1:
-                    self._land(flying.pop(0))
-            for works in flying:
-                self._land(works)
+
+        def piece(move: Move) -> torch.Tensor:
+            tensor = self._piece(move)
+            if move.target in sample:
+                value = checksum(tensor, self._target_shapes[move.target], move.dim, move.target_start)
+                key = move.worker, move.target
+                partial[key] = wrapped_sum(partial.get(key, 0), value)
+            return tensor
+
+        with self._request(lambda: self._update({"checksums": sorted(sample)})):
+            send_buckets(self._group, self._buckets, piece, self._first_worker)
         shares: list = [None] * dist.get_world_size()
         dist.all_gather_object(shares, partial)
         self._expected = {}
@@ -148,30 +150,9 @@ class ShardSync:
             if failures:
                 raise StaleWeightsError(f"{address}, {failures[0]}")
 
-    def _send(self, index: int, bucket: list[Move], sample: set[str], partial: dict) -> list:
-        """[(work, buffer, worker)]: the buffers live until they are sent."""
-        works = []
-        for worker in sorted({move.worker for move in bucket}):
-            moves = [move for move in bucket if move.worker == worker]
-            pieces = [self._piece(move) for move in moves]
-            for move, piece in zip(moves, pieces, strict=True):
-                if move.target in sample:
-                    value = checksum(piece, self._target_shapes[move.target], move.dim, move.target_start)
-                    partial[worker, move.target] = wrapped_sum(partial.get((worker, move.target), 0), value)
-            buffer = torch.cat([piece.reshape(-1) for piece in pieces])
-            with peer_named(f"a bucket for vLLM worker {worker}"):
-                works.append((self._group.send([buffer], self._first_worker + worker, index), buffer, worker))
-        return works
-
     def _piece(self, move: Move) -> torch.Tensor:
         source = self._shards[move.source].detach()
         return source.narrow(move.dim, move.source_start, move.length).to(self._dtype)
-
-    @staticmethod
-    def _land(works: list) -> None:
-        for work, _, worker in works:
-            with peer_named(f"a bucket for vLLM worker {worker}"):
-                work.wait()
 
     @contextlib.contextmanager
     def _request(self, request: Callable):

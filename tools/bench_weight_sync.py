@@ -1,0 +1,258 @@
+"""Bytes, seconds and memory of a weight update over gloo: shard to shard, gathered and broadcast, and a bare copy.
+
+    python tools/bench_weight_sync.py --json benchmarks/weight_sync_cpu.json
+
+Trainer ranks and workers are processes of this machine that hold the shards of a Qwen2.5-0.5B-like model; loading into
+vLLM is not part of it. All ways run in turn, several rounds; each one's fastest round counts. `gather and broadcast`
+is what peers do: each parameter is put together on trainer rank 0, which broadcasts all of it to every worker.
+`copy` is each worker's copying of as many bytes as its shards have: no transport over memory can be faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich.console import Console
+from rich.table import Table
+
+from megatron_dgpo.rollout.server import free_port
+from megatron_dgpo.rollout.shard_stream import join_group, receive_buckets, send_buckets
+from megatron_dgpo.weights.architectures import Architecture
+from megatron_dgpo.weights.resharding import (
+    TrainerLayout,
+    VllmLayout,
+    buckets,
+    plan_moves,
+    vllm_parameters,
+    vllm_shape,
+    vllm_slices,
+)
+from megatron_dgpo.weights.slices import padded_vocab_size, shard_slices
+
+ARCHITECTURE = Architecture(
+    family="qwen2",
+    num_layers=24,
+    hidden_size=896,
+    ffn_hidden_size=4864,
+    num_attention_heads=14,
+    num_query_groups=2,
+    head_dim=64,
+    vocab_size=151_936,
+    tied_embeddings=True,
+    qkv_bias=True,
+    qk_norm=False,
+    norm_eps=1e-6,
+    rope_theta=1e6,
+    rope_scaling=None,
+    max_positions=32_768,
+    sliding_window=None,
+)
+DTYPE = torch.bfloat16
+TIMEOUT_S = 120
+
+
+def trainer_shards(layout: TrainerLayout, rank: int) -> dict[str, torch.Tensor]:
+    """Random ones, the same for the same block of a tensor on whatever rank."""
+    tensor_rank, stage = rank % layout.tensor, rank // (layout.tensor * layout.data)
+    shards = {}
+    for place, name in enumerate(ARCHITECTURE.parameters):
+        if layout.stage(ARCHITECTURE, name) != stage:
+            continue
+        parts = shard_slices(ARCHITECTURE, name, tensor_rank, layout.tensor)
+        shape = list(ARCHITECTURE.hf_shapes[parts[0].name])
+        shape[parts[0].dim] = sum(part.length for part in parts)
+        if ARCHITECTURE.parameters[name][0] == "vocab":
+            shape[0] = padded_vocab_size(ARCHITECTURE.vocab_size, layout.tensor) // layout.tensor
+        split = ARCHITECTURE.parameters[name][0] != "copy"
+        generator = torch.Generator().manual_seed(1000 * place + tensor_rank * split)
+        shards[name] = torch.empty(shape, dtype=DTYPE).uniform_(generator=generator)
+    return shards
+
+
+class Peak:
+    """The kernel's high-water mark of this process's memory, above the start."""
+
+    def __enter__(self) -> Peak:
+        Path("/proc/self/clear_refs").write_text("5")
+        self._start = _status("VmRSS")
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bytes = max(0, _status("VmHWM") - self._start)
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+
+def process(rank: int, trainer: TrainerLayout, vllm: VllmLayout, options, ports: tuple[int, int], queue) -> None:
+    torch.set_num_threads(1)
+    size = trainer.world_size + vllm.num_workers
+    store = dist.TCPStore("127.0.0.1", ports[0], size, rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    group = join_group("127.0.0.1", ports[1], rank, size, TIMEOUT_S)
+    trainers = dist.new_group(list(range(trainer.world_size)))
+    receivers = dist.new_group([0, *range(trainer.world_size, size)])
+    worker = rank - trainer.world_size
+    numel = options.bucket_mib * 2**20 // DTYPE.itemsize
+    plan = list(buckets(plan_moves(ARCHITECTURE, trainer, vllm), numel))
+    received = 0
+    if worker < 0:
+        shards = trainer_shards(trainer, rank)
+        mine = [[move for move in bucket if move.rank == rank] for bucket in plan]
+        live = {}
+    else:
+        mine = [[move for move in bucket if move.worker == worker] for bucket in plan]
+        names = vllm_parameters(ARCHITECTURE)
+        live = {name: torch.zeros(vllm_shape(ARCHITECTURE, name, vllm.tensor), dtype=DTYPE) for name in names}
+        # What the copy starts from: not this machine's page of zeros, which many addresses share.
+        filled = {name: torch.ones_like(tensor) for name, tensor in live.items()}
+
+    def by_shards() -> None:
+        nonlocal received
+        if worker < 0:
+            return send_buckets(
+                group,
+                mine,
+                lambda move: shards[move.source].narrow(move.dim, move.source_start, move.length),
+                trainer.world_size,
+            )
+
+        def load(move, piece):
+            nonlocal received
+            received += piece.nbytes
+            live[move.target].narrow(move.dim, move.target_start, move.length).copy_(piece)
+
+        return receive_buckets(group, mine, load, DTYPE, torch.device("cpu"))
+
+    def by_broadcast() -> None:
+        nonlocal received
+        by_source = {sources[0]: (name, sources) for name, (_, *sources) in vllm_parameters(ARCHITECTURE).items()}
+        for name, (_, *sources) in ARCHITECTURE.parameters.items():
+            full = {source: torch.empty(ARCHITECTURE.hf_shapes[source], dtype=DTYPE) for source in sources}
+            stage = trainer.stage(ARCHITECTURE, name)
+            for tensor_rank in range(trainer.tensor if worker < 0 else 0):
+                owner = trainer.rank(tensor_rank, stage, 0)
+                for part in shard_slices(ARCHITECTURE, name, tensor_rank, trainer.tensor):
+                    if owner == rank == 0:
+                        part.of_full(full[part.name]).copy_(part.of_shard(shards[name]))
+                    elif rank == owner:
+                        dist.send(part.of_shard(shards[name]).contiguous(), 0, group=trainers)
+                    elif rank == 0:
+                        piece = part.of_full(full[part.name])
+                        buffer = torch.empty(piece.shape, dtype=DTYPE)
+                        dist.recv(buffer, owner, group=trainers)
+                        piece.copy_(buffer)
+            if worker >= 0 or rank == 0:
+                for tensor in full.values():
+                    dist.broadcast(tensor, 0, group=receivers)
+                    received += tensor.nbytes if worker >= 0 else 0
+            if worker >= 0:
+                target = by_source[sources[0]][0]
+                for part in vllm_slices(ARCHITECTURE, target, worker % vllm.tensor, vllm.tensor):
+                    part.of_shard(live[target]).copy_(part.of_full(full[part.name]))
+
+    def by_copy() -> None:
+        if worker >= 0:
+            for name, tensor in live.items():
+                tensor.copy_(filled[name])
+
+    def run(way: Callable[[], None]) -> dict:
+        nonlocal received
+        received = 0
+        dist.barrier()
+        start = time.perf_counter()
+        with Peak() as peak:
+            way()
+        dist.barrier()
+        seconds = time.perf_counter() - start
+        checksum = sum(tensor.view(torch.int16).sum(dtype=torch.int64).item() for tensor in live.values())
+        return {"seconds": seconds, "peak": peak.bytes, "received": received, "checksum": checksum}
+
+    ways = {"shard to shard": by_shards, "gather and broadcast": by_broadcast, "copy": by_copy}
+    results = {name: [run(way) for _ in range(options.rounds + 1)][1:] for name, way in ways.items()}
+    queue.put((rank, sum(tensor.nbytes for tensor in live.values()), results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(trainer: TrainerLayout, vllm: VllmLayout, options) -> list[dict]:
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    ports = free_port(), free_port()
+    size = trainer.world_size + vllm.num_workers
+    processes = [
+        context.Process(target=process, args=(rank, trainer, vllm, options, ports, queue)) for rank in range(size)
+    ]
+    for child in processes:
+        child.start()
+    found = sorted(queue.get(timeout=600) for _ in processes)
+    for child in processes:
+        child.join()
+    sides = {"trainer": found[: trainer.world_size], "worker": found[trainer.world_size :]}
+    shard_bytes = sides["worker"][0][1]
+    sums = {
+        way: [results[way][-1]["checksum"] for _, _, results in sides["worker"]]
+        for way in ("shard to shard", "gather and broadcast")
+    }
+    if sums["shard to shard"] != sums["gather and broadcast"]:
+        raise SystemExit(f"the two ways left different weights: {sums}")
+    rows = []
+    floor = None
+    for way in ("copy", "shard to shard", "gather and broadcast"):
+        seconds = min(max(times) for times in zip(*([r["seconds"] for r in f[2][way]] for f in found), strict=True))
+        floor = floor or seconds
+        peaks = {side: max(r["peak"] for f in group for r in f[2][way]) for side, group in sides.items()}
+        received = max(f[2][way][-1]["received"] for f in sides["worker"])
+        rows.append(
+            {
+                "way": way,
+                "seconds": seconds,
+                "of_floor": floor / seconds,
+                "received_over_shard": received / shard_bytes if received else None,
+                "trainer_extra_mib": peaks["trainer"] / 2**20,
+                "worker_extra_mib": peaks["worker"] / 2**20,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--bucket-mib", type=int, default=64)
+    options = parser.parse_args()
+    console, results = Console(), []
+    layouts = [
+        (TrainerLayout(2, 1, 1, 1), VllmLayout(1, 1)),
+        (TrainerLayout(2, 1, 1, 1), VllmLayout(2, 1)),
+        (TrainerLayout(1, 2, 1, 1), VllmLayout(2, 1)),
+    ]
+    for trainer, vllm in layouts:
+        rows = measure(trainer, vllm, options)
+        title = f"trainer TP {trainer.tensor} × PP {trainer.pipeline}, vLLM TP {vllm.tensor}"
+        table = Table(title=f"{title}, buckets of {options.bucket_mib} MiB")
+        for column in ("way", "seconds", "of copy's speed", "received / shard", "trainer MiB", "worker MiB"):
+            table.add_column(column, justify="left" if column == "way" else "right")
+        for row in rows:
+            ratio = f"{row['received_over_shard']:.2f}" if row["received_over_shard"] else "-"
+            memory = f"{row['trainer_extra_mib']:,.0f}", f"{row['worker_extra_mib']:,.0f}"
+            table.add_row(row["way"], f"{row['seconds']:.3f}", f"{row['of_floor']:.2f}", ratio, *memory)
+        console.print(table)
+        results.append({"trainer": vars(trainer), "vllm": vars(vllm), "bucket_mib": options.bucket_mib, "rows": rows})
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
