@@ -1,6 +1,6 @@
-"""Memory and speed of tools/convert_checkpoint.py on a generated model, by default of 10 GB on disk.
+"""Memory and speed of tools/convert_checkpoint.py on a generated model, by default of 9 GB on disk.
 
-    python tools/bench_convert.py /tmp/bench --layers 18
+    python tools/bench_convert.py /tmp/bench --layers 16
 
 Memory is RssAnon, sampled every 5 ms in the process that converts: the page cache of mapped files is not counted,
 because the kernel takes it back when it wants to. Files are flushed to disk within the time.
@@ -9,6 +9,7 @@ because the kernel takes it back when it wants to. Files are flushed to disk wit
 from __future__ import annotations
 
 import argparse
+import filecmp
 import json
 import shutil
 import threading
@@ -70,7 +71,7 @@ def generate(folder: Path, layers: int, **config) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="must not exist; removed afterwards")
-    parser.add_argument("--layers", type=int, default=18)
+    parser.add_argument("--layers", type=int, default=16)
     options = parser.parse_args()
     try:
         source = generate(options.folder / "source", options.layers)
@@ -90,7 +91,7 @@ def main() -> None:
                 rate = size / seconds / 1e9
                 print(f"{verb} to {job.kind}: peak {peak.bytes / 1e9:.2f} GB, {seconds:.0f} s, {rate:.2f} GB/s")
         for file in source.iterdir():
-            assert file.read_bytes() == (back / file.name).read_bytes(), file
+            assert filecmp.cmp(file, back / file.name, shallow=False), file
     finally:
         shutil.rmtree(options.folder, ignore_errors=True)
 

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         kind = options.to or {"hf": "megatron", "megatron": "hf"}[detect_kind(options.source)]
         job = Job(options.source, options.target, kind, options.dtype, options.like, options.file_bytes)
         convert(job, options.workers, options.verify, options.force)
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return 2
     return 0

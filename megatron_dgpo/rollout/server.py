@@ -13,8 +13,8 @@ import torch
 from megatron_dgpo import process
 from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError
-from megatron_dgpo.weights.distributed import is_distributed
 from megatron_dgpo.rollout.guard import SECRET
+from megatron_dgpo.weights.distributed import is_distributed
 
 ADDRESSES = "MEGATRON_DGPO_ADDRESSES"
 

@@ -19,6 +19,7 @@ import signal
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -96,7 +97,12 @@ def convert(job: Job, workers: int = 1, verify: bool = False, force: bool = Fals
         _run_all(job, _write_unit, todo, job.work, workers, "converting")
         conversion.finish()
         if verify:
-            _verify(job, job.work, workers)
+            try:
+                _verify(job, job.work, workers)
+            except UsageError:
+                # Nothing in it can be trusted: the next attempt starts from nothing.
+                shutil.rmtree(job.work)
+                raise
         (job.work / _PLAN).unlink()
         _flush([*job.work.iterdir(), job.work])
         if job.target.exists():
@@ -117,7 +123,10 @@ def _claimed(job: Job) -> Iterator[None]:
     job.work.mkdir(parents=True, exist_ok=True)
     folder = os.open(job.work, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{job.work} is in use: another conversion to {job.target} is running") from None
         plan = json.dumps([dataclasses.asdict(job), _fingerprint(job.source)], default=str)
         path = job.work / _PLAN
         if not path.is_file() or path.read_text() != plan:
@@ -125,8 +134,6 @@ def _claimed(job: Job) -> Iterator[None]:
                 file.unlink()
             path.write_text(plan)
         yield
-    except BlockingIOError:
-        raise UsageError(f"{job.work} is in use: another conversion to {job.target} is running") from None
     finally:
         os.close(folder)
 
@@ -207,15 +214,15 @@ class Conversion:
         return wrong
 
     @functools.cached_property
-    def _output(self) -> DistributedCheckpoint | Safetensors:
-        if self._job.kind == "megatron":
-            return DistributedCheckpoint(self._folder, self.architecture)
-        return Safetensors(self._folder)
+    def _output(self) -> DistributedCheckpoint | HfDirectory | Safetensors:
+        if self._job.kind == "fp8":
+            return Safetensors(self._folder)
+        return _open_source(self._folder, self.architecture)
 
     def _written(self, name: str, sources: list[str]) -> Tensors:
-        if isinstance(self._output, DistributedCheckpoint):
-            return self._output.tensors(name)
-        return ((source, self._output[source]) for source in sources)
+        if isinstance(self._output, Safetensors):
+            return ((source, self._output[source]) for source in sources)
+        return self._output.tensors(name)
 
     def _encode(self, name: str, tensor: torch.Tensor) -> Tensors:
         tensor = tensor.to(self._dtype)
@@ -237,8 +244,8 @@ class Conversion:
         for name, other in rest:
             if other != dtype:
                 raise UsageError(
-                    f"{self._job.source}: tensor {name} is {dtype_name(other)}, but {first} is {dtype_name(dtype)}: the model "
-                    "mixes types; give --dtype to make them one"
+                    f"{self._job.source}: tensor {name} is {dtype_name(other)}, but {first} is {dtype_name(dtype)}: "
+                    "the model mixes types; give --dtype to make them one"
                 )
         return torch.bfloat16 if self._job.kind == "fp8" and dtype == torch.float32 else dtype
 
@@ -326,6 +333,10 @@ def _run_all(job: Job, task: Callable, numbers: Iterable[int], folder: Path, wor
                 done, pending = wait(pending, _POLL_S, FIRST_COMPLETED)
                 results += [name for future in done for name in future.result()]
                 progress.update(bar, completed=counter.value)
+        except BrokenProcessPool:
+            raise UsageError(
+                "a process was killed, perhaps for want of memory: run again, with fewer --workers"
+            ) from None
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
     return results

@@ -9,6 +9,7 @@ quantised is what ModelOpt's default settings quantise: every linear layer but t
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,7 +55,11 @@ def write_config(folder: Path, names: list[str]) -> None:
 
 
 def check_installed() -> None:
+    """Raise UsageError unless ModelOpt is there."""
     try:
-        import modelopt.torch.export  # noqa: F401
+        with warnings.catch_warnings():
+            # Of Megatron, TE and Apex, which ModelOpt imports or looks for and which are not used here.
+            warnings.simplefilter("ignore")
+            import modelopt.torch.export  # noqa: F401
     except ImportError:
         raise UsageError("FP8 export needs NVIDIA ModelOpt: pip install nvidia-modelopt") from None
