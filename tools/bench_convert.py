@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from megatron_dgpo.weights.architectures import read_architecture
-from megatron_dgpo.weights.convert import Job, convert
+from megatron_dgpo.weights.convert import Job, convert, group
 from megatron_dgpo.weights.directory import FILE_BYTES, SafetensorsWriter
 
 
@@ -53,17 +53,14 @@ def generate(folder: Path, layers: int, **config) -> Path:
     settings = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"} | widths
     settings |= {"vocab_size": 128256, "max_position_embeddings": 8192, "num_hidden_layers": layers} | config
     (folder / "config.json").write_text(json.dumps(settings, indent=2))
-    shapes = read_architecture(folder).hf_shapes
-    files, size = [{}], 0
-    for name, shape in shapes.items():
-        tensor = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        if size + tensor.nbytes > FILE_BYTES:
-            files.append({})
-            size = 0
-        files[-1][name], size = tensor, size + tensor.nbytes
-    writer = SafetensorsWriter(folder, files)
-    for number, layout in enumerate(files):
-        writer.write(number, ((name, torch.randn(t.shape, dtype=t.dtype)) for name, t in layout.items()))
+    empty = {
+        name: torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        for name, shape in read_architecture(folder).hf_shapes.items()
+    }
+    files = group(list(empty), lambda name: empty[name].nbytes, FILE_BYTES)
+    writer = SafetensorsWriter(folder, files, lambda name: {name: empty[name]})
+    for number in range(len(files)):
+        writer.write(number, lambda name: [(name, torch.randn(empty[name].shape, dtype=torch.bfloat16))])
     writer.finish()
     return folder
 

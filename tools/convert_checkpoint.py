@@ -31,6 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="compare what was written, or an existing target")
     parser.add_argument("--force", action="store_true", help="replace an existing target")
     options = parser.parse_args(arguments)
+    for name in ("workers", "file_bytes"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')}={value}, expected 1 or more")
     try:
         kind = options.to or {"hf": "megatron", "megatron": "hf"}[detect_kind(options.source)]
         job = Job(options.source, options.target, kind, options.dtype, options.like, options.file_bytes)
@@ -38,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (UsageError, OSError) as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("convert_checkpoint: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

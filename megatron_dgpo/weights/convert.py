@@ -41,6 +41,7 @@ from megatron_dgpo.weights.distributed import DistributedCheckpoint, Distributed
 
 # PyTorch's writer holds all tensors of a distributed file until it is closed, so these are small.
 _DISTRIBUTED_FILE_BYTES = 256 * 10**6
+_PLAN = ".plan.json"
 _POLL_S = 0.1
 _PR_SET_PDEATHSIG = 1
 
@@ -82,6 +83,7 @@ def convert(job: Job, workers: int = 1, verify: bool = False, force: bool = Fals
     compared and left as it is. Raises UsageError for bad input, a target that is there without `force`, and
     differences.
     """
+    _conversion.cache_clear()
     if job.source.resolve() == job.target.resolve():
         raise UsageError(f"{job.target} is both source and target: give another target")
     if job.kind == "fp8":
@@ -91,10 +93,10 @@ def convert(job: Job, workers: int = 1, verify: bool = False, force: bool = Fals
         return
     if job.target.exists() and not force:
         raise UsageError(f"{job.target} exists: use --force to replace it, or --verify to compare it with the source")
-    conversion = Conversion(job)
+    conversion = _conversion(job, job.work)
     with _claimed(job):
         todo = [number for number in range(len(conversion.files)) if not conversion.target.is_done(number)]
-        _run_all(job, _write_unit, todo, job.work, workers, "converting")
+        _run_all(_write_file, job, job.work, todo, workers, "converting")
         conversion.finish()
         if verify:
             try:
@@ -105,16 +107,15 @@ def convert(job: Job, workers: int = 1, verify: bool = False, force: bool = Fals
                 raise
         (job.work / _PLAN).unlink()
         _flush([*job.work.iterdir(), job.work])
+        replaced = job.target.with_name(f".replaced_{job.target.name}")
         if job.target.exists():
-            shutil.rmtree(job.target) if job.target.is_dir() else job.target.unlink()
+            job.target.rename(replaced)
         job.work.rename(job.target)
         _flush([job.target.parent])
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 # The work folder
-
-
-_PLAN = ".plan.json"
 
 
 @contextlib.contextmanager
@@ -155,9 +156,9 @@ def _flush(paths: Iterable[Path]) -> None:
 class Conversion:
     """A job with its source checked and its output files planned; made anew in every process."""
 
-    def __init__(self, job: Job, folder: Path | None = None) -> None:
-        """folder: where output is written or read, by default the job's work folder."""
-        self._job, self._folder = job, folder or job.work
+    def __init__(self, job: Job, folder: Path) -> None:
+        """folder: where output is written or, to verify it, read."""
+        self._job, self._folder = job, folder
         self._model_dir = job.like or job.source
         if not (self._model_dir / "config.json").is_file() and is_distributed(job.source):
             raise UsageError(
@@ -167,13 +168,13 @@ class Conversion:
         self.architecture = read_architecture(self._model_dir)
         self._source = _open_source(job.source, self.architecture)
         self._dtype = self._output_dtype()
-        parameters, limit = list(self.architecture.parameters), job.file_bytes
+        limit = job.file_bytes or (_DISTRIBUTED_FILE_BYTES if job.kind == "megatron" else FILE_BYTES)
+        self.files = group(list(self.architecture.parameters), self.nbytes, limit)
+        """The Megatron parameters that go into each output file."""
         if job.kind == "megatron":
-            self.files = _group(parameters, self.nbytes, limit or _DISTRIBUTED_FILE_BYTES)
-            self.target = DistributedWriter(self._folder, self.architecture, self.files, self._dtype)
+            self.target = DistributedWriter(folder, self.architecture, self.files, self._dtype)
         else:
-            self.files = _group(parameters, self.nbytes, limit or FILE_BYTES)
-            self.target = SafetensorsWriter(self._folder, [self._layout(names) for names in self.files])
+            self.target = SafetensorsWriter(folder, self.files, self._layout)
 
     def tensors(self, name: str) -> Tensors:
         """What is written of Megatron parameter `name`, under Hugging Face names."""
@@ -181,7 +182,7 @@ class Conversion:
             yield from self._encode(source, tensor)
 
     def nbytes(self, name: str) -> int:
-        return sum(tensor.nbytes for tensor in self._layout([name]).values())
+        return sum(tensor.nbytes for tensor in self._layout(name).values())
 
     def write(self, number: int, count: Callable[[int], None]) -> None:
         """Write one file, reporting bytes to `count` as they are made."""
@@ -191,10 +192,7 @@ class Conversion:
                 yield item
                 count(item[1].nbytes)
 
-        if isinstance(self.target, DistributedWriter):
-            self.target.write(number, tensors)
-        else:
-            self.target.write(number, (item for name in self.files[number] for item in tensors(name)))
+        self.target.write(number, tensors)
 
     def finish(self) -> None:
         """Add what is not weights, once all files are written."""
@@ -231,10 +229,12 @@ class Conversion:
         else:
             yield name, tensor
 
-    def _layout(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """{tensor: its shape and dtype on the meta device} of what is written of Megatron parameters `names`."""
-        sources = [source for name in names for source in self.architecture.parameters[name][1:]]
-        empty = ((source, torch.empty(self.architecture.hf_shapes[source], device="meta")) for source in sources)
+    def _layout(self, name: str) -> dict[str, torch.Tensor]:
+        """What `tensors` yields, on the meta device: shapes and dtypes only."""
+        shapes = self.architecture.hf_shapes
+        empty = (
+            (source, torch.empty(shapes[source], device="meta")) for source in self.architecture.parameters[name][1:]
+        )
         return dict(item for source, tensor in empty for item in self._encode(source, tensor))
 
     def _output_dtype(self) -> torch.dtype:
@@ -250,7 +250,7 @@ class Conversion:
         return torch.bfloat16 if self._job.kind == "fp8" and dtype == torch.float32 else dtype
 
 
-def _group(names: list[str], nbytes: Callable[[str], int], limit: int) -> list[list[str]]:
+def group(names: list[str], nbytes: Callable[[str], int], limit: int) -> list[list[str]]:
     """Consecutive runs of at most `limit` bytes, or of one name."""
     groups, room = [], 0
     for name in names:
@@ -301,25 +301,24 @@ def _count(nbytes: int) -> None:
         _bytes_done.value += nbytes
 
 
-def _write_unit(job: Job, folder: Path, number: int) -> list[str]:
+def _write_file(job: Job, folder: Path, number: int) -> list[str]:
     _conversion(job, folder).write(number, _count)
     return []
 
 
-def _verify_unit(job: Job, folder: Path, number: int) -> list[str]:
+def _compare_file(job: Job, folder: Path, number: int) -> list[str]:
     return _conversion(job, folder).differences(number, _count)
 
 
 def _verify(job: Job, folder: Path, workers: int) -> None:
-    conversion = Conversion(job, folder)
-    wrong = _run_all(job, _verify_unit, range(len(conversion.files)), folder, workers, "verifying")
+    numbers = range(len(_conversion(job, folder).files))
+    wrong = _run_all(_compare_file, job, folder, numbers, workers, "verifying")
     if wrong:
         raise UsageError(f"{folder}: tensor {wrong[0]} differs from {job.source} ({len(wrong)} such in all)")
 
 
-def _run_all(job: Job, task: Callable, numbers: Iterable[int], folder: Path, workers: int, verb: str) -> list[str]:
+def _run_all(task: Callable, job: Job, folder: Path, numbers: Iterable[int], workers: int, verb: str) -> list[str]:
     """Call task(job, folder, number) for every number in `workers` processes; returns what they return, joined."""
-    _conversion.cache_clear()
     conversion = _conversion(job, folder)
     total = sum(conversion.nbytes(name) for number in numbers for name in conversion.files[number])
     counter = multiprocessing.get_context("spawn").Value("q", 0)

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -74,21 +74,23 @@ class Safetensors:
 class SafetensorsWriter:
     """A sharded Hugging Face model, written file by file, in any order and by any process."""
 
-    def __init__(self, folder: Path, layouts: list[dict[str, torch.Tensor]]) -> None:
-        """layouts: shape and dtype of every tensor of each file."""
-        self._folder, self._layouts = folder, layouts
-        count = len(layouts)
-        self._names = [
-            SINGLE if count == 1 else f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)
-        ]
+    def __init__(self, folder: Path, files: list[list[str]], layout: Callable[[str], dict[str, torch.Tensor]]) -> None:
+        """files: the parameters that go into each. layout: {tensor: shape and dtype} of each parameter."""
+        self._folder, self._files = folder, files
+        self._layouts = [{k: v for name in names for k, v in layout(name).items()} for names in files]
+        count = len(files)
+        several = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        self._names = several if count > 1 else [SINGLE]
 
     def is_done(self, number: int) -> bool:
         return (self._folder / self._names[number]).is_file()
 
-    def write(self, number: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def write(self, number: int, tensors: Callable[[str], Iterator[tuple[str, torch.Tensor]]]) -> None:
+        """Write file `number` from the tensors of each of its parameters, and flush it to disk."""
         path = self._folder / self._names[number]
         partial = path.with_suffix(".partial")
-        write_safetensors(partial, self._layouts[number], tensors)
+        items = (item for name in self._files[number] for item in tensors(name))
+        write_safetensors(partial, self._layouts[number], items)
         partial.rename(path)
 
     def finish(self) -> None:

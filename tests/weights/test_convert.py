@@ -168,16 +168,26 @@ def test_policy_of_a_training_checkpoint(tmp_path, capsys, family, parallel):
     fails(capsys, ["another model", "num_layers"], checkpoint, tmp_path / "hf2", "--like", other)
 
 
+def test_tensors_that_follow_from_others_are_left_out(tmp_path):
+    source = make_tiny_model(tmp_path / "source", "qwen2")
+    expected = weights(source)
+    rotary = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
+    edit_weights(source, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()} | rotary))
+    convert(Job(source, tmp_path / "megatron", "megatron"))
+    convert(Job(tmp_path / "megatron", tmp_path / "hf", "hf"))
+    assert_same(weights(tmp_path / "hf"), expected)
+
+
 # Memory
 
 
 def test_memory_stays_at_a_few_tensors(tmp_path):
     """The allowance is far below the model; `tools/bench_convert.py` measures the bound itself on 9 GB."""
-    widths = {"hidden_size": 1024, "intermediate_size": 4096, "num_key_value_heads": 8, "vocab_size": 16384}
+    widths = {"hidden_size": 1024, "intermediate_size": 4096, "num_key_value_heads": 8, "vocab_size": 49152}
     source = generate(tmp_path / "source", 12, **widths, head_dim=32)
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    largest = 2 * 16384 * 1024
-    assert size > 10 * largest
+    largest, allowance = 2 * 49152 * 1024, 64 * 2**20
+    assert size > 2 * (2 * largest + allowance)
     for job in (
         Job(source, tmp_path / "megatron", "megatron", file_bytes=largest),
         Job(tmp_path / "megatron", tmp_path / "back", "hf"),
@@ -185,7 +195,7 @@ def test_memory_stays_at_a_few_tensors(tmp_path):
         with PeakMemory() as peak:
             start = peak.bytes
             convert(job)
-        assert peak.bytes - start < 2 * largest + 64 * 2**20, (job.kind, (peak.bytes - start) / largest)
+        assert peak.bytes - start < 2 * largest + allowance, job.kind
 
 
 # Faults
@@ -251,7 +261,7 @@ def test_files_cut_short_or_missing_are_named(model, megatron, tmp_path, capsys)
     "change, expected",
     [
         ({"intermediate_size": 128}, ["linear_fc1.weight", "[4, 192, 64]", "[4, 256, 64]"]),
-        ({"num_hidden_layers": 5}, ["[4, 131, 64]", "[5, "]),
+        ({"num_hidden_layers": 5}, ["layer_norm_weight", "[4, 64]", "[5, 64]"]),
         ({"tie_word_embeddings": True}, ["output_layer.weight", "not part of the model"]),
         ({"architectures": ["Qwen2ForCausalLM"]}, ["linear_qkv.bias", "is missing"]),
     ],
