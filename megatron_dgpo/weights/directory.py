@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -60,14 +61,14 @@ class Safetensors:
     def __init__(self, path: Path) -> None:
         self._path, self._locations = path, tensor_files(path)
         self._files: dict[str, safe_open] = {}
+        self._open = contextlib.ExitStack()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         file = self._locations.get(name)
         if file is None:
             raise UsageError(f"{self._path}: tensor {name} is missing")
         if file not in self._files:
-            with opened(self._path / file):
-                self._files[file] = safe_open(self._path / file, framework="pt")
+            self._files[file] = self._open.enter_context(opened(self._path / file))
         return self._files[file].get_tensor(name)
 
 
@@ -138,4 +139,5 @@ def copy_small_files(source: Path, target: Path, dtype: torch.dtype) -> None:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Without a copy, where the tensor is contiguous."""
     return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())

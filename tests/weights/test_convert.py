@@ -131,8 +131,9 @@ def test_trainer_and_megatron_load_it_in_any_layout(tmp_path, family, parallel):
         assert not differences and count > 10
 
 
-def save_checkpoint(model_dir, folder, parallel):
-    from megatron.core import parallel_state
+def save_checkpoint(model_dir, folder, parallel, stacked=True):
+    """A training checkpoint, or, not stacked, the model alone with a tensor of its own for every layer."""
+    from megatron.core import dist_checkpointing, parallel_state
 
     from megatron_dgpo import checkpoint
     from megatron_dgpo.manifest import Progress
@@ -147,13 +148,15 @@ def save_checkpoint(model_dir, folder, parallel):
     initialize_parallel(config.parallel, 1)
     architecture = read_architecture(model_dir)
     policy = Policy(config, architecture, 1)
-    rank, size = (
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-    )
-    load_weights(policy.modules, architecture, model_dir, rank, size)
+    place = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    load_weights(policy.modules, architecture, model_dir, *place)
     policy.reload_master_weights()
-    return checkpoint.save(folder, policy, architecture, Progress(), 1)
+    if stacked:
+        return checkpoint.save(folder, policy, architecture, Progress(), 1)
+    folder.mkdir(exist_ok=True)
+    state = policy.modules[0].sharded_state_dict(metadata={"non_homogeneous_layers": True})
+    dist_checkpointing.save(state, str(folder))
+    return folder
 
 
 @pytest.mark.parametrize("family, parallel", [("qwen2", {"tensor": 2, "pipeline": 2}), ("llama", {})])
@@ -166,6 +169,13 @@ def test_policy_of_a_training_checkpoint(tmp_path, capsys, family, parallel):
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
     other = make_tiny_model(tmp_path / "other", family, num_hidden_layers=2)
     fails(capsys, ["another model", "num_layers"], checkpoint, tmp_path / "hf2", "--like", other)
+
+
+def test_layers_that_are_not_stacked(tmp_path):
+    source = make_tiny_model(tmp_path / "source", "qwen3", dtype=torch.bfloat16)
+    run_ranks(save_checkpoint, 2, source, tmp_path / "megatron", {"tensor": 2}, False)
+    convert(Job(tmp_path / "megatron", tmp_path / "hf", "hf", like=source))
+    assert_same(weights(tmp_path / "hf"), weights(source))
 
 
 def test_tensors_that_follow_from_others_are_left_out(tmp_path):
