@@ -3,7 +3,8 @@
     python tools/bench_convert.py /tmp/bench --layers 16
 
 Memory is RssAnon, sampled every 5 ms in the process that converts: the page cache of mapped files is not counted,
-because the kernel takes it back when it wants to. Files are flushed to disk within the time.
+because the kernel takes it back when it wants to. Files are flushed to disk within the time, as they are in that of
+the plain copy that speeds are to be compared with.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from megatron_dgpo.weights.architectures import read_architecture
-from megatron_dgpo.weights.convert import Job, convert, group
+from megatron_dgpo.weights.convert import Job, convert, flush, group
 from megatron_dgpo.weights.directory import FILE_BYTES, SafetensorsWriter
 
 
@@ -65,6 +66,16 @@ def generate(folder: Path, layers: int, **config) -> Path:
     return folder
 
 
+def copy(source: Path, target: Path) -> float:
+    """Seconds that it takes to copy the files and flush them to disk; the copy is removed."""
+    start = time.monotonic()
+    shutil.copytree(source, target)
+    flush(target.iterdir())
+    seconds = time.monotonic() - start
+    shutil.rmtree(target)
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="must not exist; removed afterwards")
@@ -76,6 +87,8 @@ def main() -> None:
         largest = 2 * max(torch.Size(shape).numel() for shape in read_architecture(source).hf_shapes.values())
         bound = 2 * largest + 2**30
         print(f"model {size / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB, bound {bound / 1e9:.2f} GB")
+        seconds = copy(source, options.folder / "copy")
+        print(f"plain copy: {seconds:.0f} s, {size / seconds / 1e9:.2f} GB/s")
         megatron, back, fp8 = (options.folder / name for name in ("megatron", "back", "fp8"))
         jobs = [Job(source, megatron, "megatron"), Job(megatron, back, "hf"), Job(source, fp8, "fp8")]
         for job in jobs:

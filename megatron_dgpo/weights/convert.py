@@ -106,12 +106,12 @@ def convert(job: Job, workers: int = 1, verify: bool = False, force: bool = Fals
                 shutil.rmtree(job.work)
                 raise
         (job.work / _PLAN).unlink()
-        _flush([*job.work.iterdir(), job.work])
+        flush([*job.work.iterdir(), job.work])
         replaced = job.target.with_name(f".replaced_{job.target.name}")
         if job.target.exists():
             job.target.rename(replaced)
         job.work.rename(job.target)
-        _flush([job.target.parent])
+        flush([job.target.parent])
         shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -143,7 +143,7 @@ def _fingerprint(source: Path) -> list:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(source.iterdir())]
 
 
-def _flush(paths: Iterable[Path]) -> None:
+def flush(paths: Iterable[Path]) -> None:
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
