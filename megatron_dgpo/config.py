@@ -28,9 +28,10 @@ class Run(Section):
 
 class Model(Section):
     path: Path
-    """Hugging Face directory (config, tokenizer, safetensors) of the starting policy."""
+    """The starting policy: a Hugging Face directory (config, tokenizer, safetensors), or what
+    tools/convert_checkpoint.py makes of one for Megatron."""
     reference: Path | None = None
-    """Hugging Face directory of the frozen reference; null: the starting policy itself."""
+    """The frozen reference, of either format; null: the starting policy itself."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights and activations; master weights and gradients are float32."""
     layer_spec: Literal["auto", "te", "portable"] = "auto"

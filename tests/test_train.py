@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from megatron_dgpo.metrics import read_metrics
+from megatron_dgpo.weights.convert import Job, convert
 from tests.test_resume import processes, wait_until_gone
 from tests.tiny_models import make_tiny_model
 
@@ -116,7 +117,7 @@ def test_three_steps(folder, monkeypatch, family, parallel, transport):
 
 
 def test_eval_of_checkpoint_and_directory(folder, monkeypatch):
-    """After test_three_steps: the newest checkpoint and the exported model are the same policy."""
+    """After test_three_steps: the newest checkpoint and the exported model, of either format, are the same policy."""
     monkeypatch.setenv("PYTHONPATH", str(folder))
     config = folder / "mistral" / "config.yaml"
     overrides = ["eval.samples=4", "eval.temperature=0.8", "eval.problems=8"]
@@ -125,6 +126,9 @@ def test_eval_of_checkpoint_and_directory(folder, monkeypatch):
     model = folder / "mistral" / "run" / "hf"
     from_directory = re.search(pattern, megatron_dgpo("eval", config, "--model", str(model), *overrides))
     assert from_checkpoint and from_directory and from_checkpoint[0] == from_directory[0]
+    convert(Job(model, folder / "megatron", "megatron"))
+    from_megatron = re.search(pattern, megatron_dgpo("eval", config, "--model", folder / "megatron", *overrides))
+    assert from_megatron and from_megatron[0] == from_checkpoint[0]
     average, two, four = (float(value) for value in from_checkpoint.groups())
     assert average <= two <= four
 

@@ -14,6 +14,7 @@ from megatron_dgpo import process
 from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.rollout.guard import SECRET
+from megatron_dgpo.weights.distributed import is_distributed
 
 ADDRESSES = "MEGATRON_DGPO_ADDRESSES"
 
@@ -58,6 +59,8 @@ def command(config: Config, port: int, host: str = "127.0.0.1") -> list[str]:
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(config.model.path)),
+        # vLLM cannot read a Megatron checkpoint, and need not: weights are pushed before the first request.
+        *(("--load-format", "dummy") if is_distributed(config.model.path) else ()),
         *("--host", host, "--port", str(port)),
         *("--dtype", dtype(config)),
         *("--tensor-parallel-size", str(rollout.tensor)),

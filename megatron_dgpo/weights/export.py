@@ -13,11 +13,10 @@ from megatron.core import parallel_state
 from safetensors.torch import save_file
 
 from megatron_dgpo.weights.architectures import Architecture
+from megatron_dgpo.weights.directory import FILE_BYTES, copy_small_files
+from megatron_dgpo.weights.distributed import is_distributed
 from megatron_dgpo.weights.load import INDEX, SINGLE, named_shards, tensor_files
 from megatron_dgpo.weights.slices import shard_slices
-
-# Hugging Face's own limit for one safetensors file.
-_SHARD_BYTES = 5 * 10**9
 
 
 def write_slices(
@@ -103,8 +102,9 @@ def export_hf(
     if writer:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _copy_small_files(source_dir, partial, dtype)
-    tied_head = architecture.tied_embeddings and "lm_head.weight" in tensor_files(source_dir)
+        copy_small_files(source_dir, partial, dtype)
+    hf_names = {} if is_distributed(source_dir) else tensor_files(source_dir)
+    tied_head = architecture.tied_embeddings and "lm_head.weight" in hf_names
     files: list[dict[str, torch.Tensor]] = [{}]
     index: dict[str, int] = {}
     size = total = 0
@@ -113,7 +113,7 @@ def export_hf(
             continue
         copies = [name, "lm_head.weight"] if tied_head and name == "model.embed_tokens.weight" else [name]
         for copy in copies:
-            if size and size + tensor.nbytes > _SHARD_BYTES:
+            if size and size + tensor.nbytes > FILE_BYTES:
                 _write_file(partial, files)
                 files.append({})
                 size = 0
@@ -142,16 +142,3 @@ def _name_files(folder: Path, index: dict[str, int], count: int, total: int) -> 
     if count > 1:
         content = {"metadata": {"total_size": total}, "weight_map": {t: names[n] for t, n in index.items()}}
         (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _copy_small_files(source: Path, target: Path, dtype: torch.dtype) -> None:
-    for file in source.iterdir():
-        if file.is_file() and file.suffix not in (".safetensors", ".bin", ".pt", ".pth") and file.name != INDEX:
-            shutil.copy(file, target / file.name)
-    path = target / "config.json"
-    config = json.loads(path.read_text())
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    name = str(dtype).removeprefix("torch.")
-    # Untouched, and so identical byte by byte, unless the weights are of another type now.
-    if config.get(key) not in (name, None):
-        path.write_text(json.dumps(config | {key: name}, indent=2) + "\n")

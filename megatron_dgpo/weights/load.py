@@ -1,4 +1,4 @@
-"""Hugging Face safetensors into Megatron shards; each rank reads only the bytes of its own."""
+"""Hugging Face safetensors, or a Megatron checkpoint, into Megatron shards; each rank reads only what it needs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.weights.architectures import Architecture
+from megatron_dgpo.weights.distributed import DistributedCheckpoint, is_distributed
 from megatron_dgpo.weights.slices import shard_slices
 
 INDEX = "model.safetensors.index.json"
@@ -41,6 +42,9 @@ def load_weights(
     chunks: list[torch.nn.Module], architecture: Architecture, model_dir: Path, tp_rank: int, tp_size: int
 ) -> None:
     """Fill this rank's parameters, cast to their dtype; vocabulary padding becomes 0. Collectives: none."""
+    if is_distributed(model_dir):
+        _load_distributed(chunks, architecture, model_dir, tp_rank, tp_size)
+        return
     locations = tensor_files(model_dir)
     with contextlib.ExitStack() as stack:
         files: dict[str, safe_open] = {}
@@ -53,6 +57,16 @@ def load_weights(
                 rows = slice(part.start, part.start + part.length)
                 tensor = files[file].get_slice(part.name)
                 part.of_shard(parameter).copy_(tensor[rows] if part.dim == 0 else tensor[:, rows])
+
+
+def _load_distributed(chunks, architecture: Architecture, model_dir: Path, tp_rank: int, tp_size: int) -> None:
+    checkpoint = DistributedCheckpoint(model_dir, architecture)
+    for name, parameter in named_shards(chunks):
+        parameter.zero_()
+        name = source_name(architecture, name)
+        full = dict(checkpoint.tensors(name))
+        for part in shard_slices(architecture, name, tp_rank, tp_size):
+            part.of_shard(parameter).copy_(part.of_full(full[part.name]))
 
 
 def tensor_files(model_dir: Path) -> dict[str, str]:
@@ -70,12 +84,15 @@ def tensor_files(model_dir: Path) -> dict[str, str]:
         pickled = sorted(path.name for path in model_dir.glob("pytorch_model*.bin"))
         hint = f" ({pickled[0]} is a pickle: convert it to safetensors)" if pickled else ""
         raise UsageError(f"{model_dir} has neither {SINGLE} nor {INDEX}{hint}")
-    with _opened(model_dir / SINGLE) as file:
+    with opened(model_dir / SINGLE) as file:
         return dict.fromkeys(file.keys(), SINGLE)
 
 
 def check_weights(architecture: Architecture, model_dir: Path) -> None:
     """Raise UsageError naming the first tensor or file that is missing, cut short or misshapen; reads headers only."""
+    if is_distributed(model_dir):
+        DistributedCheckpoint(model_dir, architecture)
+        return
     locations = tensor_files(model_dir)
     missing = [name for name in architecture.hf_shapes if name not in locations]
     if missing:
@@ -86,7 +103,7 @@ def check_weights(architecture: Architecture, model_dir: Path) -> None:
     for name in architecture.hf_shapes:
         by_file.setdefault(locations[name], []).append(name)
     for file_name, names in by_file.items():
-        with _opened(model_dir / file_name) as file:
+        with opened(model_dir / file_name) as file:
             held = set(file.keys())
             for name in names:
                 shape = tuple(file.get_slice(name).get_shape()) if name in held else None
@@ -97,7 +114,7 @@ def check_weights(architecture: Architecture, model_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: Path):
+def opened(path: Path):
     if not path.is_file():
         raise UsageError(f"{path} is missing: the model is incomplete")
     try:
