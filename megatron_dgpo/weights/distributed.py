@@ -4,7 +4,8 @@ The format is PyTorch's `torch.distributed.checkpoint`, and its own reader and w
 each block of each global tensor lies in the `.distcp` files, so that any layout reads what any other wrote. Megatron
 stacks a parameter of all layers: `decoder.layers.mlp.linear_fc2.weight` is [layers, H, F].
 
-`.metadata` is a pickle, as PyTorch defines it: read checkpoints of people you trust. Weights are never unpickled.
+`.metadata` is a pickle, as PyTorch defines it: read checkpoints of people you trust. Weights are read with PyTorch's
+`weights_only`, which builds nothing but tensors.
 """
 
 from __future__ import annotations
