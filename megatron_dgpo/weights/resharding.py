@@ -6,10 +6,11 @@ of a slice share the sending evenly.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -183,32 +184,34 @@ def _holders(architecture: Architecture, trainer: TrainerLayout) -> dict[str, li
 
 
 def buckets(moves: list[Move], bucket_numel: int) -> Iterator[list[Move]]:
-    """Whole target parameters, in order, as many as no worker gets more than bucket_numel elements of; at least one."""
+    """All moves in order, as many at a time as no worker gets more than bucket_numel elements of.
+
+    A move that is larger is cut along its dimension; one row of it always fits.
+    """
     found: list[Move] = []
     filled: dict[int, int] = defaultdict(int)
-    for group in _by_target(moves):
-        added: dict[int, int] = defaultdict(int)
-        for move in group:
-            added[move.worker] += move.numel
-        if found and any(filled[worker] + numel > bucket_numel for worker, numel in added.items()):
+    for part in itertools.chain.from_iterable(_cut(move, bucket_numel) for move in moves):
+        if filled[part.worker] + part.numel > bucket_numel and found:
             yield found
             found, filled = [], defaultdict(int)
-        found = found + group
-        for worker, numel in added.items():
-            filled[worker] += numel
+        found.append(part)
+        filled[part.worker] += part.numel
     if found:
         yield found
 
 
-def _by_target(moves: list[Move]) -> Iterator[list[Move]]:
-    group: list[Move] = []
-    for move in moves:
-        if group and move.target != group[-1].target:
-            yield group
-            group = []
-        group.append(move)
-    if group:
-        yield group
+def _cut(move: Move, most_numel: int) -> Iterator[Move]:
+    step = max(1, most_numel * move.length // move.numel)
+    for start in range(0, move.length, step):
+        length = min(step, move.length - start)
+        shape = (*move.shape[: move.dim], length, *move.shape[move.dim + 1 :])
+        yield replace(
+            move,
+            source_start=move.source_start + start,
+            target_start=move.target_start + start,
+            length=length,
+            shape=shape,
+        )
 
 
 def checksum(piece: torch.Tensor, shape: tuple[int, ...], dim: int = 0, start: int = 0) -> int:
