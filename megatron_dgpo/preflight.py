@@ -98,7 +98,7 @@ def _check_rollouts(config: Config, architecture: Architecture) -> None:
         if server.transport(config) == "memfd" and not _is_loopback(host):
             raise UsageError(
                 f"rollout.addresses: {address} is another machine, but rollout.transport=memfd shares memory with "
-                "servers of this one"
+                "servers of this one; use rollout.transport=shards"
             )
 
 
