@@ -68,8 +68,12 @@ class _Pool:
             self.workers.append((process, ours))
 
     def kill(self) -> None:
-        for process, connection in self.workers:
+        for _, connection in self.workers:
             connection.close()
+        for process, _ in self.workers:
+            # One that is idle ends by itself, and with it the process in which Megatron's checkpoint writer keeps a
+            # queue, which would outlive a rank that is killed.
+            process.join(timeout=3)
             process.kill()
             process.join()
         self.workers.clear()

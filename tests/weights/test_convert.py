@@ -416,5 +416,4 @@ def test_fp8_runs_in_vllm(model, fp8):
         logprobs = AutoModelForCausalLM.from_pretrained(model)(tokens).logits.log_softmax(-1)
     expected = logprobs[0, :-1].gather(1, tokens[0, 1:, None])[:, 0]
     difference = (found - expected).abs()
-    print(difference.max(), difference.mean())
     assert 0 < difference.max() < 0.5 and difference.mean() < 0.1, difference
