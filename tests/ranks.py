@@ -22,6 +22,9 @@ def _serve(connection, rank: int) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
+    if not torch.cuda.is_available():
+        # As in conftest.py, before Triton is imported.
+        os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
     while True:
         try:

@@ -4,7 +4,6 @@ Without a GPU the Triton tier runs in Triton's interpreter, which is slow: it is
 """
 
 import contextlib
-import os
 import weakref
 from unittest import mock
 
@@ -17,12 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_dgpo.statistics import dense_statistics, token_statistics
 from tests.ranks import run_ranks
 
-# Read when the kernels are first imported.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 TIERS = ["chunked", "triton"]
 TEMPERATURE = 0.7
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreter():
+    """Asked for at every call, too; conftest.py has imported the kernels with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setenv("TRITON_INTERPRET", "1")
+        yield
 
 
 def inputs(n, hidden, vocab, padded, seed=0, dtype=torch.float32):
@@ -77,7 +81,6 @@ def sharded(cases, tier):
     """On one rank, for each case: values, gradients of states (summed over ranks), head shard and bias shard, calls."""
     import torch.distributed as dist
 
-    os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
     rank, world = dist.get_rank(), dist.get_world_size()
     results = []
     for n, hidden, vocab, padded, dtype, with_bias, tile_bytes in cases:
