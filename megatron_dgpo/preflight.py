@@ -26,6 +26,11 @@ def check(command: str, config: Config, world_size: int, checkpoint: Path | None
     check_layout(architecture, config.parallel, config.model.path)
     _check_devices(world_size)
     replicas = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    if config.parallel.tensor * replicas % config.parallel.expert:
+        raise UsageError(
+            f"parallel.expert={config.parallel.expert} does not divide parallel.tensor × data = "
+            f"{config.parallel.tensor * replicas}, the ranks of a pipeline stage"
+        )
     tokenizer = load_tokenizer(config.model.path)
     if command == "sft":
         _divides(config, "sft.batch_size", config.sft.batch_size // replicas, config.sft.batch_size % replicas)

@@ -175,6 +175,21 @@ def test_unsupported_rope(case, capsys):
     case.fails(capsys, ["rope type yarn"])
 
 
+def test_experts_of_a_dense_model(case, capsys):
+    case.fails(capsys, ["parallel.expert=2", "no mixture of experts"], "parallel.expert=2", "parallel.data=2")
+
+
+def test_layouts_that_a_mixture_cannot_have(case, capsys):
+    case.settings["model"]["path"] = str(make_tiny_model(case.folder / "mixture", "mixtral"))
+    capsys.readouterr()
+    case.fails(capsys, ["parallel.expert=3", "number of experts=8"], "parallel.expert=3", "parallel.data=3")
+    case.fails(capsys, ["parallel.expert=4", "parallel.tensor × data = 2"], "parallel.expert=4", "parallel.data=2")
+    case.fails(capsys, ["parallel.sequence=true"], "parallel.tensor=2")
+    case.fails(capsys, ["rollout.expert_parallel=true", "CPU"], "rollout.expert_parallel=true")
+    case.edit_config(case.folder / "mixture", hidden_act="gelu")
+    case.fails(capsys, ["hidden_act=gelu"])
+
+
 def test_row_that_is_not_json(case, capsys):
     case.data.write_text(case.data.read_text() + "{question: 3}\n")
     case.fails(capsys, ["problems.jsonl:3", "not JSON"])

@@ -23,13 +23,7 @@ def data_parallel_size(parallel: Parallel, world_size: int) -> int:
         raise UsageError(
             f"{sizes} = {model} ranks do not fill {world_size} ranks; start a multiple of {model}, or change the sizes"
         )
-    replicas = world_size // model
-    if parallel.tensor * replicas % parallel.expert:
-        raise UsageError(
-            f"parallel.expert={parallel.expert} does not divide the {parallel.tensor * replicas} ranks of a pipeline "
-            "stage (parallel.tensor × parallel.data)"
-        )
-    return replicas
+    return world_size // model
 
 
 def initialize_parallel(parallel: Parallel, seed: int) -> None:
