@@ -32,7 +32,7 @@ def saved_bytes(model_dir, parallel, model, rows, length):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters and storage.data_ptr() not in kept:
             stack = [f"{os.path.basename(f.filename)}:{f.lineno}:{f.name}" for f in traceback.extract_stack()[-8:-1]]
-            kept[storage.data_ptr()] = (storage.nbytes(), tuple(tensor.shape), str(tensor.dtype), stack[-3:] )
+            kept[storage.data_ptr()] = (storage.nbytes(), tuple(tensor.shape), str(tensor.dtype), stack[-3:])
         tensors.append(tensor)
         return tensor
 
@@ -41,13 +41,16 @@ def saved_bytes(model_dir, parallel, model, rows, length):
         out = chunk.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
     return list(kept.values()), out.sum().item()
 
+
 if __name__ == "__main__":
     import sys, tempfile, pathlib
-    d = make_tiny_model(pathlib.Path(tempfile.mkdtemp())/"m", "qwen3", num_hidden_layers=1)
-    for dtype in ("float32","bfloat16"):
-      for world, par in ((1,{}),(2,dict(tensor=2)),(2,dict(tensor=2,sequence=True))):
-       for rec in ("none","selective","full"):
-        r,_ = run_ranks(saved_bytes, world, d, par, dict(dtype=dtype, recompute=rec), 2, 64)[0]
-        print(dtype, par, rec, sum(x[0] for x in r))
-        if par in ({},dict(tensor=2,sequence=True)) and rec!="full":
-            for x in r: print("   ", x)
+
+    d = make_tiny_model(pathlib.Path(tempfile.mkdtemp()) / "m", "qwen3", num_hidden_layers=1)
+    for dtype in ("float32", "bfloat16"):
+        for world, par in ((1, {}), (2, dict(tensor=2)), (2, dict(tensor=2, sequence=True))):
+            for rec in ("none", "selective", "full"):
+                r, _ = run_ranks(saved_bytes, world, d, par, dict(dtype=dtype, recompute=rec), 2, 64)[0]
+                print(dtype, par, rec, sum(x[0] for x in r))
+                if par in ({}, dict(tensor=2, sequence=True)) and rec != "full":
+                    for x in r:
+                        print("   ", x)

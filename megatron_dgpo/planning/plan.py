@@ -1,0 +1,283 @@
+"""All layouts of a model over some GPUs: which are legal, which fit, how long a step takes, and the one to choose."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+from megatron_dgpo.config import Config
+from megatron_dgpo.errors import UsageError
+from megatron_dgpo.planning import layout, memory, step_time
+from megatron_dgpo.planning.layout import RolloutSide, TrainerSide, Workload
+from megatron_dgpo.planning.memory import GIB
+from megatron_dgpo.planning.sizes import Sizes
+from megatron_dgpo.planning.step_time import Cluster, Seconds
+
+# rollout.gpu_memory_fraction of a server that has its GPUs for itself.
+OWN_FRACTION = 0.90
+# More sequences at once than this gain nothing: decoding is bound by computing.
+MOST_SEQUENCES = 1024
+# Steps this close to the fastest count as equal: the formulas are no better than that.
+EQUAL = 1.03
+
+
+@dataclass(frozen=True)
+class Server:
+    """What a vLLM server can do in the memory it is given."""
+
+    memory: dict[str, float]
+    """Bytes by item of one worker."""
+    fraction: float
+    concurrent: int
+    problem: str | None = None
+    """Why it cannot run; None: it can."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout with its memory and time."""
+
+    trainer: TrainerSide
+    rollout: RolloutSide | None = None
+    stages: tuple[dict[str, float], ...] = ()
+    """Bytes by item of one GPU of each pipeline stage."""
+    server: Server | None = None
+    phases: dict[str, Seconds] | None = None
+    problem: str | None = None
+    """Why it is refused or does not fit; None: it runs."""
+
+    @property
+    def step_s(self) -> float:
+        return sum(phase.total for phase in self.phases.values())
+
+    @property
+    def gpus(self) -> int:
+        return self.trainer.gpus + (0 if self.rollout.shared else self.rollout.gpus)
+
+    def tokens_per_gpu_s(self, work: Workload) -> float:
+        """Prompt and response tokens of a step, by its time and all GPUs."""
+        return work.rows * (work.prompt_tokens + work.response_tokens) / self.step_s / self.gpus
+
+    def peak(self, stage: int) -> float:
+        """Bytes of one GPU of the stage, a server that shares it included."""
+        own = sum(self.stages[stage].values())
+        return own + sum(self.server.memory.values()) if self.rollout and self.rollout.shared else own
+
+    def headroom(self, cluster: Cluster) -> float:
+        """Bytes left on the fullest GPU of the trainer."""
+        return cluster.gpu.memory_bytes - max(map(self.peak, range(len(self.stages))))
+
+
+class Planner:
+    """Works out plans of one model and workload on one cluster, keeping what many layouts have in common."""
+
+    def __init__(self, sizes: Sizes, work: Workload, cluster: Cluster) -> None:
+        self.sizes, self.work, self.cluster = sizes, work, cluster
+        self._best_rollout = functools.cache(self._find_best_rollout)
+
+    def evaluate(self, trainer: TrainerSide, rollout: RolloutSide, sequences: int | None = None) -> Plan:
+        """Memory and time of one layout. sequences: most that a server may decode at once."""
+        stages = self._stages(trainer)
+        room = self.cluster.gpu.memory_bytes - max(sum(items.values()) for items in stages)
+        problem = self._problem(trainer) if room < 0 else None
+        fraction = max(0.0, room / self.cluster.gpu.memory_bytes) if rollout.shared else OWN_FRACTION
+        server = self.server(rollout, int(fraction * 100) / 100, sequences)
+        phases = self._phases(trainer, rollout, server) if server.problem is None else None
+        return Plan(trainer, rollout, stages, server, phases, problem or server.problem)
+
+    def search(self, gpus: int, placements: tuple[str, ...] = ("separate", "shared")) -> list[Plan]:
+        """A plan for every layout of the trainer that matters, with the best servers for it."""
+        plans = []
+        for shared, count in self._splits(gpus, placements):
+            for trainer, reason in layout.trainer_sides(
+                self.sizes.architecture, self.work, count, self.cluster.gpus_per_node
+            ):
+                plans.append(self._plan(trainer, reason, gpus, count, shared))
+        return plans
+
+    def server(self, rollout: RolloutSide, fraction: float, sequences: int | None = None) -> Server:
+        """A worker's memory with `fraction` of its GPU: what weights and workspace leave is the cache."""
+        budget = fraction * self.cluster.gpu.memory_bytes
+        wanted = min(-(-self.work.rows // rollout.servers), sequences or MOST_SEQUENCES)
+        items = memory.vllm_fixed(self.sizes, self.work, rollout.tensor, wanted)
+        cache = budget - sum(items.values())
+        a_token = memory.vllm_kv_bytes(self.sizes, rollout.tensor)
+        needed = a_token * self.work.context
+        if cache < needed:
+            problem = (
+                f"vLLM at TP {rollout.tensor} needs {(sum(items.values()) + needed) / GIB:.1f} GiB with the cache of "
+                f"one sequence: {max(0.0, budget) / GIB:.1f} GiB available"
+            )
+            return Server(items | {"vLLM KV cache": max(0.0, cache)}, fraction, 0, problem)
+        # Sequences grow while others end: on average each holds its prompt and all of a mean response.
+        fitting = int(cache / a_token / (self.work.prompt_tokens + self.work.response_tokens))
+        return Server(items | {"vLLM KV cache": cache}, fraction, max(1, min(wanted, fitting)))
+
+    def _splits(self, gpus: int, placements: tuple[str, ...]) -> list[tuple[bool, int]]:
+        """(shared, GPUs of the trainer): all of them, or whole machines on either side where there are several."""
+        found = [(True, gpus)] if "shared" in placements else []
+        if "separate" in placements:
+            per_node = self.cluster.gpus_per_node
+            unit = per_node if gpus > per_node and gpus % per_node == 0 else 1
+            # Above eight units only every eighth of the cluster: finer steps change a plan by less than its error.
+            step = max(1, gpus // unit // 8)
+            found += [(False, unit * count) for count in range(step, gpus // unit, step)]
+        return found
+
+    def _plan(self, trainer: TrainerSide, reason: str | None, gpus: int, count: int, shared: bool) -> Plan:
+        if reason:
+            return Plan(trainer, problem=reason)
+        stages = self._stages(trainer)
+        room = self.cluster.gpu.memory_bytes - max(sum(items.values()) for items in stages)
+        if room < 0:
+            return Plan(trainer, stages=stages, problem=self._problem(trainer))
+        fraction = int(room / self.cluster.gpu.memory_bytes * 100) / 100 if shared else OWN_FRACTION
+        rollout, server, problem = self._best_rollout(count if shared else gpus - count, shared, fraction)
+        if problem:
+            where = f"beside the trainer's {(self.cluster.gpu.memory_bytes - room) / GIB:.1f} GiB: " if shared else ""
+            return Plan(trainer, rollout, stages, server, problem=where + problem)
+        return Plan(trainer, rollout, stages, server, self._phases(trainer, rollout, server))
+
+    def _find_best_rollout(self, gpus: int, shared: bool, fraction: float):
+        """(layout, server, None) that samples fastest, or the one that comes closest to running and its problem."""
+        best, problem = None, None
+        for rollout, reason in layout.rollout_sides(self.sizes.architecture, gpus, self.cluster.gpus_per_node, shared):
+            server = None if reason else self.server(rollout, fraction)
+            if reason or server.problem:
+                # The largest tensor-parallel size comes last and needs least.
+                problem = problem or (rollout, server, reason or server.problem)
+                if not reason:
+                    problem = rollout, server, server.problem
+                continue
+            seconds = sum(s.total for s in self._rollout_seconds(rollout, server))
+            if best is None or seconds < best[0]:
+                best = seconds, rollout, server
+        return (best[1], best[2], None) if best else problem
+
+    def _rollout_seconds(self, rollout: RolloutSide, server: Server) -> tuple[Seconds, Seconds]:
+        return step_time.rollout_time(self.sizes, self.work, rollout, self.cluster, server.concurrent)
+
+    def _phases(self, trainer: TrainerSide, rollout: RolloutSide, server: Server) -> dict[str, Seconds]:
+        prefill, decoding = self._rollout_seconds(rollout, server)
+        setting = self.sizes, self.work, trainer, self.cluster
+        phases = {
+            "rollout: prefill": prefill,
+            "rollout: decode": decoding,
+            "reference": step_time.reference_time(*setting),
+            "policy: old log-probs": step_time.old_logprobs_time(*setting),
+            "policy: update": step_time.update_time(*setting),
+            "weight sync": step_time.sync_time(self.sizes, trainer, rollout, self.cluster),
+        }
+        return {name: seconds for name, seconds in phases.items() if seconds.total}
+
+    def _stages(self, trainer: TrainerSide) -> tuple[dict[str, float], ...]:
+        return tuple(memory.trainer_memory(self.sizes, self.work, trainer, stage) for stage in range(trainer.pipeline))
+
+    def _problem(self, trainer: TrainerSide) -> str:
+        """What is too much where, and the one change that helps most."""
+        needed, stage = self._fullest(trainer)
+        available = self.cluster.gpu.memory_bytes
+        text = f"needs {needed / GIB:.1f} GiB on stage {stage}: {available / GIB:.1f} GiB available"
+        changes = []
+        if trainer.recompute != "full":
+            changes.append(("recompute=full", replace(trainer, recompute="full")))
+        if not trainer.sequence and trainer.tensor > 1:
+            changes.append(("sequence=true", replace(trainer, sequence=True)))
+        if not trainer.distributed_optimizer and trainer.data > 1:
+            changes.append(("distributed_optimizer=true", replace(trainer, distributed_optimizer=True)))
+        if trainer.reference == "device":
+            changes.append(("reference_offload=true", replace(trainer, reference="host")))
+        if trainer.micro_batch > 1:
+            changes.append(("micro_batch_size=1", replace(trainer, micro_batch=1)))
+        helped = [(self._fullest(changed)[0], name) for name, changed in changes]
+        if not helped:
+            return text
+        least, name = min(helped)
+        enough = "" if least <= available else ", still too much"
+        return f"{text}; {name} brings it to {least / GIB:.1f} GiB{enough}"
+
+    def _fullest(self, trainer: TrainerSide) -> tuple[float, int]:
+        totals = [sum(items.values()) for items in self._stages(trainer)]
+        return max(totals), totals.index(max(totals))
+
+
+def choose(plans: list[Plan], cluster: Cluster) -> Plan | None:
+    """The fastest; of those that are as good as equal, the one with most memory left on its fullest GPU."""
+    running = [plan for plan in plans if plan.problem is None]
+    if not running:
+        return None
+    fastest = min(plan.step_s for plan in running)
+    close = [plan for plan in running if plan.step_s <= EQUAL * fastest]
+    # A shared server takes all that is left: then a larger cache counts.
+    return max(close, key=lambda plan: cluster.gpu.memory_bytes - max(sum(s.values()) for s in plan.stages))
+
+
+def sides_of(config: Config, gpus: int) -> tuple[TrainerSide, RolloutSide]:
+    """The layout that a config describes on `gpus` GPUs. Raises UsageError where it does not fill them."""
+    parallel, rollout = config.parallel, config.rollout
+    ranks = parallel.tensor * parallel.pipeline
+    servers = rollout.tensor * rollout.servers
+    data = parallel.data or max(1, (gpus - servers) // ranks)
+    trainer = TrainerSide(
+        parallel.tensor,
+        parallel.pipeline,
+        data,
+        parallel.chunks_per_stage,
+        getattr(parallel, "expert", 1),
+        parallel.sequence,
+        parallel.distributed_optimizer,
+        config.model.recompute,
+        "none" if config.algorithm.credit == "uniform" else "host" if config.model.reference_offload else "device",
+        config.batch.micro_batch_size,
+    )
+    shared = trainer.gpus == servers == gpus
+    if not shared and trainer.gpus + servers != gpus:
+        raise UsageError(
+            f"the trainer's {trainer.gpus} GPUs (parallel.tensor × pipeline × data) and the servers' {servers} "
+            f"(rollout.tensor × servers) are neither {gpus} together nor {gpus} each: change them or --gpus"
+        )
+    return trainer, RolloutSide(rollout.tensor, rollout.servers, shared)
+
+
+def workload_of(config: Config, prompt_tokens: int, response_tokens: int) -> Workload:
+    """The work that a config describes; mean lengths are the data's."""
+    rollout = config.rollout
+    return Workload(
+        rollout.prompts_per_step,
+        rollout.group_size,
+        prompt_tokens,
+        response_tokens,
+        rollout.context_tokens - rollout.max_response_tokens,
+        rollout.max_response_tokens,
+        config.batch.minibatches,
+        config.algorithm.credit != "uniform",
+        dtype=config.model.dtype,
+    )
+
+
+def settings_of(plan: Plan, work: Workload) -> dict[str, dict]:
+    """The plan as settings of megatron_dgpo.config."""
+    trainer, rollout = plan.trainer, plan.rollout
+    parallel = trainer.parallel().model_dump()
+    return {
+        "model": {
+            "dtype": work.dtype,
+            "recompute": trainer.recompute,
+            "reference_offload": trainer.reference == "host",
+        },
+        "parallel": parallel,
+        "batch": {"micro_batch_size": trainer.micro_batch, "minibatches": work.minibatches},
+        "algorithm": {"credit": "distribution_guided" if work.reference else "uniform"},
+        "rollout": {
+            "prompts_per_step": work.prompts,
+            "group_size": work.group,
+            "max_response_tokens": work.max_response_tokens,
+            "context_tokens": work.context,
+            "servers": rollout.servers,
+            "tensor": rollout.tensor,
+            # Two processes cannot be ranks of one NCCL group on the same GPU.
+            "transport": "ipc" if rollout.shared else "shards",
+            "gpu_memory_fraction": plan.server.fraction,
+            "max_concurrent": plan.server.concurrent,
+        },
+    }
