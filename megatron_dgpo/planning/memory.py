@@ -65,19 +65,21 @@ def static_memory(
     Sharded, buffers are padded and the optimizer has this rank's range of each bucket [M]; ranks of a stage differ by
     padding only, and the largest is given. PyTorch's Adam also counts steps, 4 bytes for each tensor.
     """
-    weights = gradients = optimizer = total = 0
+    weights = gradients = total = 0
+    owned = [0] * (tensor * data)
     for chunk in range(chunks):
         shards = _chunk_shards(sizes, stage, chunk, tensor, pipeline, chunks, expert)
         for of_expert in (False, True):
             part = [(numel, shared) for numel, is_expert, shared in shards if is_expert == of_expert]
-            replicas = tensor * data // expert if of_expert else data
+            # Ranks of a stage are numbered tensor-parallel fastest; an expert's replicas are `expert` ranks apart.
+            apart = expert if of_expert else tensor
             numel = sum(n for n, _ in part)
-            padded, owned = _buffer(part, replicas) if sharded else (numel, numel)
+            padded, shares = _buffer(part, tensor * data // apart) if sharded else (numel, None)
             weights += padded * e
             gradients += padded * 4
-            optimizer += owned * (12 if e == 2 else 8)
+            owned = [own + (shares[rank // apart] if shares else numel) for rank, own in enumerate(owned)]
             total += numel
-    return Static(weights, gradients, optimizer, total)
+    return Static(weights, gradients, max(owned) * (12 if e == 2 else 8), total)
 
 
 def _chunk_shards(sizes, stage, chunk, tensor, pipeline, chunks, expert) -> list[tuple[int, bool, bool]]:
@@ -95,8 +97,8 @@ def _chunk_shards(sizes, stage, chunk, tensor, pipeline, chunks, expert) -> list
     return found
 
 
-def _buffer(params: list[tuple[int, bool]], replicas: int) -> tuple[int, int]:
-    """(padded elements, most elements that one replica's optimizer holds) of a buffer of (elements, shared) [M].
+def _buffer(params: list[tuple[int, bool]], replicas: int) -> tuple[int, list[int]]:
+    """(padded elements, those that each replica's optimizer holds) of a buffer of (elements, shared) [M].
 
     Parameters lie in reverse order, each at a multiple of 64; a shared embedding has a bucket of its own; buckets end
     at a multiple of 128 and of the replicas; each replica owns an equal range of every bucket.
@@ -124,7 +126,7 @@ def _buffer(params: list[tuple[int, bool]], replicas: int) -> tuple[int, int]:
             owned[rank] += sum(
                 max(0, min(stop, (rank + 1) * share) - max(start, rank * share)) for start, stop in spans
             )
-    return total, max(owned, default=0)
+    return total, owned
 
 
 # Activations
