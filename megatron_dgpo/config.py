@@ -47,6 +47,9 @@ class Parallel(Section):
     pipeline: PositiveInt = 1
     chunks_per_stage: PositiveInt = 1
     """Model chunks per pipeline stage; above 1 the schedule is interleaved 1F1B."""
+    expert: PositiveInt = 1
+    """Ranks, out of the tensor × data ranks of a pipeline stage, that share a layer's experts between them; each expert
+    is whole on one of them."""
     data: PositiveInt | None = None
     """Replicas; null: what the number of ranks leaves, or 1 when this command starts the ranks."""
     sequence: bool = False
@@ -116,6 +119,8 @@ class Rollout(Section):
     """vLLM servers that this command starts on this machine."""
     tensor: PositiveInt = 1
     """Tensor-parallel size of each server."""
+    expert_parallel: bool = False
+    """Experts whole on one of a server's workers each, instead of all cut over all workers."""
     addresses: tuple[str, ...] = ()
     """Running servers (http://host:port), instead of starting any; their secret in MEGATRON_DGPO_SECRET."""
     transport: Literal["auto", "memfd", "shards", "nccl", "ipc"] = "auto"

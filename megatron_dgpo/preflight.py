@@ -89,6 +89,17 @@ def _check_rollouts(config: Config, architecture: Architecture) -> None:
         raise UsageError(
             f"rollout.tensor={rollout.tensor} does not divide num_attention_heads={architecture.num_attention_heads}"
         )
+    if rollout.expert_parallel and (not architecture.num_experts or architecture.num_experts % rollout.tensor):
+        raise UsageError(
+            f"rollout.expert_parallel=true, but rollout.tensor={rollout.tensor} does not divide the "
+            f"{architecture.num_experts} experts of {config.model.path}; set it to false"
+        )
+    if architecture.num_experts and not rollout.expert_parallel:
+        if architecture.expert_ffn_hidden_size % rollout.tensor:
+            raise UsageError(
+                f"rollout.tensor={rollout.tensor} does not divide the experts' intermediate size="
+                f"{architecture.expert_ffn_hidden_size}; set rollout.expert_parallel=true"
+            )
     if rollout.replay and not rollout.replay.is_dir():
         raise UsageError(f"rollout.replay={rollout.replay} is not a folder of recorded responses")
     for address in rollout.addresses:

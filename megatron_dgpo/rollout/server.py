@@ -64,6 +64,7 @@ def command(config: Config, port: int, host: str = "127.0.0.1") -> list[str]:
         *("--host", host, "--port", str(port)),
         *("--dtype", dtype(config)),
         *("--tensor-parallel-size", str(rollout.tensor)),
+        *(("--enable-expert-parallel",) if rollout.expert_parallel else ()),
         *("--max-model-len", str(rollout.context_tokens)),
         *("--max-num-seqs", str(rollout.max_concurrent)),
         *("--seed", str(config.run.seed)),

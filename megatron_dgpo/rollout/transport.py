@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,16 +138,22 @@ class ShardEngine(_LayerwiseEngine):
     def init_transfer_engine(self, init_info: ShardInit) -> None:
         architecture = read_architecture(Path(self.model_config.model))
         trainer = TrainerLayout(**init_info.trainer)
-        vllm = VllmLayout(self.parallel_config.tensor_parallel_size, init_info.servers)
-        self._worker = init_info.server * vllm.tensor + self.parallel_config.rank
-        self._shapes = {name: vllm_shape(architecture, name, vllm.tensor) for name in vllm_parameters(architecture)}
+        parallel = self.parallel_config
+        vllm = VllmLayout(parallel.tensor_parallel_size, init_info.servers, parallel.enable_expert_parallel)
+        self._worker = init_info.server * vllm.tensor + parallel.rank
+        parameters = vllm_parameters(architecture)
+        self._shapes = {name: vllm_shape(architecture, parameter, vllm) for name, parameter in parameters.items()}
         self._check_shapes()
         self._buckets = [
             [move for move in bucket if move.worker == self._worker]
             for bucket in buckets(plan_moves(architecture, trainer, vllm), init_info.bucket_numel)
         ]
-        mine = [move for bucket in self._buckets for move in bucket if move.dim == 0]
-        self._rows = {move.target: move.target_start + move.length for move in mine}
+        # Rows of the vocabulary; padding follows them.
+        self._rows = {
+            move.target: move.target_start[0] + move.shape[0]
+            for move in itertools.chain.from_iterable(self._buckets)
+            if parameters[move.target].split == "vocab"
+        }
         self._group = join_group(
             init_info.host,
             init_info.port,
@@ -184,16 +191,16 @@ class ShardEngine(_LayerwiseEngine):
 
     def _copy(self, param: torch.Tensor, piece: torch.Tensor, move: Move) -> None:
         """Called twice by the reload: at once, mostly on a tensor without memory, and when its layer is complete."""
-        place = param.data.narrow(move.dim, move.target_start, move.length)
+        place = move.of_target(param.data)
         place.copy_(piece)
         if param.is_meta:
             return
-        if move.dim == 0 and move.target_start + move.length == self._rows[move.target]:
-            # Rows of padding, fresh from the allocator.
+        if move.target_start[0] + move.shape[0] == self._rows.get(move.target):
+            # Padding, fresh from the allocator.
             param.data[self._rows[move.target] :].zero_()
         if move.target in self._sample:
             # Read back from where the model has it, before any packing. (vLLM keeps biases in float32 on CPU.)
-            value = checksum(place.to(piece.dtype), self._shapes[move.target], move.dim, move.target_start)
+            value = checksum(place.to(piece.dtype), self._shapes[move.target], move.target_start)
             self._pieces[move] = value
 
     def finish_weight_update(self) -> None:

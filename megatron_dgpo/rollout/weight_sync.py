@@ -93,9 +93,11 @@ class ShardSync:
         """dtype: of the servers' weights. Returns when all workers have joined the group of both sides."""
         self._engines, self._dtype, self._all = engines, dtype, rollout.check_all_weights
         servers = from_rank_0(lambda: len(engines.addresses))
-        vllm = VllmLayout(rollout.tensor, servers)
-        self._targets, self._workers_per_server = list(vllm_parameters(architecture)), rollout.tensor
-        self._target_shapes = {name: vllm_shape(architecture, name, rollout.tensor) for name in self._targets}
+        vllm = VllmLayout(rollout.tensor, servers, rollout.expert_parallel)
+        self._workers_per_server = rollout.tensor
+        self._target_shapes = {
+            name: vllm_shape(architecture, parameter, vllm) for name, parameter in vllm_parameters(architecture).items()
+        }
         self._shards = dict(named_shards(modules))
         numel = max(1, rollout.bucket_bytes // dtype.itemsize)
         rank, self._first_worker = dist.get_rank(), trainer.world_size
@@ -117,14 +119,14 @@ class ShardSync:
 
         Collectives: three object broadcasts, two object all-gathers; one message per bucket, rank and worker.
         """
-        sample = {name for i, name in enumerate(self._targets) if self._all or (i + version) % _SAMPLED == 0}
+        sample = {name for i, name in enumerate(self._target_shapes) if self._all or (i + version) % _SAMPLED == 0}
         from_rank_0(self._start)
         partial: dict[tuple[int, str], int] = {}
 
         def piece(move: Move) -> torch.Tensor:
             tensor = self._piece(move)
             if move.target in sample:
-                value = checksum(tensor, self._target_shapes[move.target], move.dim, move.target_start)
+                value = checksum(tensor, self._target_shapes[move.target], move.target_start)
                 key = move.worker, move.target
                 partial[key] = wrapped_sum(partial.get(key, 0), value)
             return tensor
@@ -151,8 +153,7 @@ class ShardSync:
                 raise StaleWeightsError(f"{address}, {failures[0]}")
 
     def _piece(self, move: Move) -> torch.Tensor:
-        source = self._shards[move.source].detach()
-        return source.narrow(move.dim, move.source_start, move.length).to(self._dtype)
+        return move.of_source(self._shards[move.source].detach()).to(self._dtype)
 
     @contextlib.contextmanager
     def _request(self, request: Callable):

@@ -10,9 +10,9 @@ import torch
 from megatron_dgpo import process
 from megatron_dgpo.rollout import server
 from megatron_dgpo.rollout.client import Engines
-from tests.layouts import make_config
+from tests.layouts import MIXTURE_LAYOUTS, make_config
 from tests.ranks import run_ranks
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import MIXTURES, make_tiny_model
 
 # Fixed: the ranks import this file anew.
 SECRET = "of-this-test-only"
@@ -30,6 +30,8 @@ def make_test_config(folder, workers, parallel):
             "context_tokens": 64,
             "start_timeout_s": 240,
             "tensor": workers,
+            # Experts are then whole on one worker each; a dense model has none.
+            "expert_parallel": workers > 1,
             "transport": "shards",
             # Many buckets, so that their order matters.
             "bucket_bytes": 2**14,
@@ -39,7 +41,11 @@ def make_test_config(folder, workers, parallel):
     )
 
 
-@pytest.fixture(scope="module", params=[("qwen2", 1), ("qwen3", 2)], ids=["qwen2-1-worker", "qwen3-2-workers"])
+@pytest.fixture(
+    scope="module",
+    params=[("qwen2", 1), ("qwen3", 2), ("mixtral", 1), ("qwen3_moe", 2)],
+    ids=lambda param: "{}-{}-workers".format(*param),
+)
 def live(request, tmp_path_factory):
     """Engines of a server that started with other weights than those in `model`, and the folder."""
     family, tensor = request.param
@@ -126,7 +132,8 @@ LAYOUTS = [
 def test_every_layout_updates_the_server(live):
     """All parameters read back from the workers, before vLLM packs them, and the log-probs after it."""
     engines, folder, family, tensor, _ = live
-    for version, (world, parallel) in enumerate(LAYOUTS, start=1):
+    layouts = MIXTURE_LAYOUTS.values() if family in MIXTURES else LAYOUTS
+    for version, (world, parallel) in enumerate(layouts, start=1):
         model = make_tiny_model(folder / f"model-{version}", family, seed=version, **SIZES)
         [(differing, compared), *_] = run_ranks(
             push, world, folder, model, tensor, parallel, engines.addresses, version
