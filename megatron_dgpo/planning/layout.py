@@ -76,7 +76,6 @@ class TrainerSide:
 
     def parallel(self) -> Parallel:
         """The trainer's settings."""
-        expert = {"expert": self.expert} if "expert" in Parallel.model_fields else {}
         return Parallel(
             tensor=self.tensor,
             pipeline=self.pipeline,
@@ -84,7 +83,7 @@ class TrainerSide:
             data=self.data,
             sequence=self.sequence,
             distributed_optimizer=self.distributed_optimizer,
-            **expert,
+            expert=self.expert,
         )
 
     def __str__(self) -> str:
@@ -121,12 +120,8 @@ def refusal(
         check_layout(architecture, trainer.parallel(), name)
     except UsageError as error:
         return str(error)
-    if trainer.expert > 1 and not getattr(architecture, "num_experts", 0):
-        return f"parallel.expert={trainer.expert}, but {name} has no experts"
     if trainer.tensor * trainer.data % trainer.expert:
         return f"parallel.expert={trainer.expert} does not divide tensor × data = {trainer.tensor * trainer.data}"
-    if trainer.expert > 1 and architecture.num_experts % trainer.expert:
-        return f"parallel.expert={trainer.expert} does not divide {architecture.num_experts} experts"
     if trainer.tensor > gpus_per_node:
         return f"parallel.tensor={trainer.tensor} is more than the {gpus_per_node} GPUs of a machine"
     if work.prompts % trainer.data:
@@ -152,7 +147,7 @@ def rollout_refusal(architecture: Architecture, rollout: RolloutSide, gpus_per_n
         return f"rollout.tensor={rollout.tensor} does not divide {heads} attention heads"
     if groups % rollout.tensor and rollout.tensor % groups:
         return f"rollout.tensor={rollout.tensor} and {groups} key/value heads: neither divides the other"
-    ffn = getattr(architecture, "expert_ffn_hidden_size", 0) or architecture.ffn_hidden_size
+    ffn = architecture.expert_ffn_hidden_size or architecture.ffn_hidden_size
     if ffn % rollout.tensor:
         return f"rollout.tensor={rollout.tensor} does not divide the intermediate size {ffn}"
     # vLLM pads the vocabulary to a multiple of 64 and splits that.
@@ -174,7 +169,7 @@ def trainer_sides(
 
     Sizes that divide nothing of the model are left out; what is left may still be refused by others' rules.
     """
-    experts = getattr(architecture, "num_experts", 0)
+    experts = architecture.num_experts
     for tensor in divisors(gpus):
         if tensor > max(gpus_per_node, architecture.num_query_groups):
             continue

@@ -18,7 +18,7 @@ from typing import Literal
 
 from megatron_dgpo.planning.layout import TrainerSide, Workload
 from megatron_dgpo.planning.sizes import Sizes
-from megatron_dgpo.weights.resharding import vllm_parameters, vllm_shape
+from megatron_dgpo.weights.resharding import VllmLayout, vllm_parameters, vllm_shape
 from megatron_dgpo.weights.slices import padded_vocab_size
 
 Kernels = Literal["fused", "composite"]
@@ -149,9 +149,9 @@ def layer_activations(
     # Queries, keys and values as projected; queries and keys after rotation, with its cosines and sines; the output.
     total += e * (queries + 2 * keys) + e * (queries + keys) + 4 * length * d * e + e * queries
     if sizes.qk_norm:
-        # The keys' input is a view of the projection; so are the queries' where every group has one.
+        # The keys' input is a view of the projection; so are the queries' where they lie together.
         is_view = kernels == "fused" or e == 4
-        views = is_view * e * (keys + (queries if sizes.a == sizes.g else 0))
+        views = is_view * e * (keys + (queries if sizes.a == sizes.g or sizes.g == t else 0))
         total += _norm(queries, n * sizes.a / t, e, kernels) + _norm(keys, n * sizes.g / t, e, kernels) - views
     if trainer.recompute != "selective":
         total += 4 * n * sizes.a / t  # the softmax's log-sum-exp: FlashAttention keeps no S × S matrix
@@ -161,6 +161,17 @@ def layer_activations(
     routed = mine * sizes.top_k
     # Router: its input and logits in float32. An expert's input, fc1 to product as above, the product times its weight.
     return total + 4 * mine * (h + 3 * sizes.experts) + e * routed * (h + 6 * sizes.f)
+
+
+def chunk_activations(
+    sizes: Sizes, layers: int, rows: int, length: int, trainer: TrainerSide, e: int, kernels: Kernels = "fused"
+) -> float:
+    """Bytes that one micro-batch leaves in `layers` layers; fully recomputed, each keeps its input ([K], §4.1) and all
+    keep the rotary angles."""
+    if trainer.recompute != "full":
+        return layers * layer_activations(sizes, rows, length, trainer, e, kernels)
+    mine = rows * length / (trainer.tensor if trainer.sequence else 1)
+    return layers * e * mine * sizes.h + 4 * length * sizes.d
 
 
 def _norm(numel: float, rows: float, e: int, kernels: Kernels) -> float:
@@ -186,8 +197,10 @@ def activations(
     n = trainer.micro_batch * work.row_tokens
     mine = n / t if trainer.sequence else n
     per_chunk = sizes.layers // (trainer.pipeline * trainer.chunks)
-    layer = layer_activations(sizes, trainer.micro_batch, work.row_tokens, trainer, e, kernels)
-    kept = e * mine * h if trainer.recompute == "full" else layer
+    micro_batch = trainer.micro_batch, work.row_tokens, trainer, e, kernels
+    kept = chunk_activations(sizes, per_chunk, *micro_batch)
+    # What backward recomputes of one layer.
+    again = layer_activations(sizes, *micro_batch) if trainer.recompute == "full" else 0
     pairs = in_flight(stage, trainer, micro_batches(work, trainer))
     vocab = padded_vocab_size(sizes.vocab, t) // t
     # Backward of SwiGLU: gradients of all it kept; of the layer's input and output; one weight's before it is added to
@@ -195,7 +208,7 @@ def activations(
     widest = n * sizes.f / t if not sizes.experts else mine * sizes.top_k * sizes.f
     weight = max(2 * sizes.f * h // (1 if sizes.experts else t), vocab * h if stage == 0 else 0)
     items = {
-        "activations": pairs * per_chunk * kept + (layer if trainer.recompute == "full" else 0),
+        "activations": pairs * kept + again,
         "backward's temporaries": e * (5 * widest + 3 * n * h + weight),
         "pipeline messages": 4 * e * mine * h if trainer.pipeline > 1 else 0.0,
         "weight buckets": 2.0 * BUCKET_BYTES,
@@ -254,9 +267,9 @@ def trainer_memory(sizes: Sizes, work: Workload, trainer: TrainerSide, stage: in
 @functools.cache
 def vllm_weights(sizes: Sizes, tensor: int) -> int:
     """Bytes of one worker's bfloat16 weights [V]; key and value heads are copied where workers outnumber them."""
-    return 2 * sum(
-        math.prod(vllm_shape(sizes.architecture, name, tensor)) for name in vllm_parameters(sizes.architecture)
-    )
+    architecture, layout = sizes.architecture, VllmLayout(tensor, 1)
+    parameters = vllm_parameters(architecture).values()
+    return 2 * sum(math.prod(vllm_shape(architecture, parameter, layout)) for parameter in parameters)
 
 
 def vllm_kv_bytes(sizes: Sizes, tensor: int) -> float:

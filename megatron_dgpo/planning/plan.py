@@ -17,8 +17,12 @@ from megatron_dgpo.planning.step_time import Cluster, Seconds
 OWN_FRACTION = 0.90
 # More sequences at once than this gain nothing: decoding is bound by computing.
 MOST_SEQUENCES = 1024
-# Steps this close to the fastest count as equal: the formulas are no better than that.
+# Steps this close to the fastest count as equal: the formulas are no better than that. Of those, more memory left than
+# COMFORT is no reason to choose one.
 EQUAL = 1.03
+COMFORT = 8 * GIB
+# Of a shared GPU that neither side may plan with: both grow in their own time.
+SHARED_MARGIN = 0.02
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,9 @@ class Plan:
         own = sum(self.stages[stage].values())
         return own + sum(self.server.memory.values()) if self.rollout and self.rollout.shared else own
 
-    def headroom(self, cluster: Cluster) -> float:
-        """Bytes left on the fullest GPU of the trainer."""
-        return cluster.gpu.memory_bytes - max(map(self.peak, range(len(self.stages))))
+    def trainer_headroom(self, cluster: Cluster) -> float:
+        """Bytes that the trainer leaves on its fullest GPU."""
+        return cluster.gpu.memory_bytes - max(sum(items.values()) for items in self.stages)
 
 
 class Planner:
@@ -75,15 +79,22 @@ class Planner:
         self.sizes, self.work, self.cluster = sizes, work, cluster
         self._best_rollout = functools.cache(self._find_best_rollout)
 
-    def evaluate(self, trainer: TrainerSide, rollout: RolloutSide, sequences: int | None = None) -> Plan:
-        """Memory and time of one layout. sequences: most that a server may decode at once."""
+    def evaluate(self, trainer: TrainerSide, rollout: RolloutSide, fraction: float, sequences: int) -> Plan:
+        """Memory and time of one layout, with the server's part of a GPU and the most sequences it may decode."""
         stages = self._stages(trainer)
-        room = self.cluster.gpu.memory_bytes - max(sum(items.values()) for items in stages)
-        problem = self._problem(trainer) if room < 0 else None
-        fraction = max(0.0, room / self.cluster.gpu.memory_bytes) if rollout.shared else OWN_FRACTION
-        server = self.server(rollout, int(fraction * 100) / 100, sequences)
-        phases = self._phases(trainer, rollout, server) if server.problem is None else None
-        return Plan(trainer, rollout, stages, server, phases, problem or server.problem)
+        server = self.server(rollout, fraction, sequences)
+        problem = server.problem
+        if rollout.shared:
+            both = max(sum(items.values()) for items in stages) + sum(server.memory.values())
+            if both > self.cluster.gpu.memory_bytes:
+                problem = (
+                    f"trainer and server need {both / GIB:.1f} GiB of a shared GPU: "
+                    f"{self.cluster.gpu.memory_bytes / GIB:.1f} GiB available; lower rollout.gpu_memory_fraction"
+                )
+        if self._fullest(trainer)[0] > self.cluster.gpu.memory_bytes:
+            problem = self._problem(trainer)
+        phases = None if server.problem else self.phases(trainer, rollout, server)
+        return Plan(trainer, rollout, stages, server, phases, problem)
 
     def search(self, gpus: int, placements: tuple[str, ...] = ("separate", "shared")) -> list[Plan]:
         """A plan for every layout of the trainer that matters, with the best servers for it."""
@@ -131,12 +142,19 @@ class Planner:
         room = self.cluster.gpu.memory_bytes - max(sum(items.values()) for items in stages)
         if room < 0:
             return Plan(trainer, stages=stages, problem=self._problem(trainer))
-        fraction = int(room / self.cluster.gpu.memory_bytes * 100) / 100 if shared else OWN_FRACTION
-        rollout, server, problem = self._best_rollout(count if shared else gpus - count, shared, fraction)
+        rollout, server, problem = self._best_rollout(
+            count if shared else gpus - count, shared, self._fraction(shared, room)
+        )
         if problem:
             where = f"beside the trainer's {(self.cluster.gpu.memory_bytes - room) / GIB:.1f} GiB: " if shared else ""
             return Plan(trainer, rollout, stages, server, problem=where + problem)
-        return Plan(trainer, rollout, stages, server, self._phases(trainer, rollout, server))
+        return Plan(trainer, rollout, stages, server, self.phases(trainer, rollout, server))
+
+    def _fraction(self, shared: bool, room: float) -> float:
+        """rollout.gpu_memory_fraction, in whole hundredths. room: bytes that the trainer leaves."""
+        if not shared:
+            return OWN_FRACTION
+        return max(0.0, int((room / self.cluster.gpu.memory_bytes - SHARED_MARGIN) * 100) / 100)
 
     def _find_best_rollout(self, gpus: int, shared: bool, fraction: float):
         """(layout, server, None) that samples fastest, or the one that comes closest to running and its problem."""
@@ -157,7 +175,7 @@ class Planner:
     def _rollout_seconds(self, rollout: RolloutSide, server: Server) -> tuple[Seconds, Seconds]:
         return step_time.rollout_time(self.sizes, self.work, rollout, self.cluster, server.concurrent)
 
-    def _phases(self, trainer: TrainerSide, rollout: RolloutSide, server: Server) -> dict[str, Seconds]:
+    def phases(self, trainer: TrainerSide, rollout: RolloutSide, server: Server) -> dict[str, Seconds]:
         prefill, decoding = self._rollout_seconds(rollout, server)
         setting = self.sizes, self.work, trainer, self.cluster
         phases = {
@@ -202,14 +220,14 @@ class Planner:
 
 
 def choose(plans: list[Plan], cluster: Cluster) -> Plan | None:
-    """The fastest; of those that are as good as equal, the one with most memory left on its fullest GPU."""
+    """The fastest; of those that are as good as equal, one that leaves COMFORT of its fullest GPU, or else the most."""
     running = [plan for plan in plans if plan.problem is None]
     if not running:
         return None
     fastest = min(plan.step_s for plan in running)
     close = [plan for plan in running if plan.step_s <= EQUAL * fastest]
-    # A shared server takes all that is left: then a larger cache counts.
-    return max(close, key=lambda plan: cluster.gpu.memory_bytes - max(sum(s.values()) for s in plan.stages))
+    # A shared server takes what the trainer leaves: that is not held against the layout.
+    return max(close, key=lambda plan: (min(plan.trainer_headroom(cluster), COMFORT), -plan.step_s))
 
 
 def sides_of(config: Config, gpus: int) -> tuple[TrainerSide, RolloutSide]:
@@ -223,7 +241,7 @@ def sides_of(config: Config, gpus: int) -> tuple[TrainerSide, RolloutSide]:
         parallel.pipeline,
         data,
         parallel.chunks_per_stage,
-        getattr(parallel, "expert", 1),
+        parallel.expert,
         parallel.sequence,
         parallel.distributed_optimizer,
         config.model.recompute,

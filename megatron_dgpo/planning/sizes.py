@@ -19,9 +19,9 @@ class Sizes:
         self.layers, self.h = architecture.num_layers, architecture.hidden_size
         self.a, self.g, self.d = architecture.num_attention_heads, architecture.num_query_groups, architecture.head_dim
         self.vocab, self.tied = architecture.vocab_size, architecture.tied_embeddings
-        self.experts = getattr(architecture, "num_experts", 0)
-        self.top_k = getattr(architecture, "experts_per_token", 0)
-        self.f = getattr(architecture, "expert_ffn_hidden_size", 0) if self.experts else architecture.ffn_hidden_size
+        self.experts = architecture.num_experts
+        self.top_k = architecture.experts_per_token
+        self.f = architecture.expert_ffn_hidden_size or architecture.ffn_hidden_size
         self.qk_norm = architecture.qk_norm
         first = "decoder.layers.0."
         named = [(name[len(first) :], name) for name in architecture.parameters if name.startswith(first)]

@@ -28,6 +28,7 @@ DECODE_MEMORY = 0.65  # vLLM's decode kernels: small products, paged attention
 COLLECTIVE_S = 12e-6  # latency of one small all-reduce on a machine
 KERNEL_GAP_S = 25e-6  # launches and gaps of one decoder layer in a CUDA graph
 STEP_S = 2e-3  # vLLM's scheduler, sampler and detokeniser for one token of all sequences
+PCIE = 50e9  # bytes/s from pinned host memory, generation 5 × 16
 SYNC_S = 0.5  # pause, cache reset, resume and checks around a weight update
 # Points at which the shrinking batch of a rollout is evaluated.
 _POINTS = 64
@@ -144,12 +145,13 @@ def forward_time(
 
 
 def reference_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster) -> Seconds:
-    """Hidden states of all rows; offloaded weights come over PCIe first (64 GB/s, generation 5 × 16)."""
+    """Hidden states of all rows; offloaded weights come over PCIe first."""
     if not work.reference:
         return Seconds()
     loading = 0.0
     if trainer.reference == "host":
-        loading = work.element_bytes * sizes.parameters / trainer.tensor / trainer.pipeline / 64e9
+        shape = trainer.tensor, trainer.pipeline, trainer.chunks, trainer.data, trainer.expert
+        loading = memory.static_memory(sizes, 0, *shape, False, work.element_bytes).weights / PCIE
     return forward_time(sizes, work, trainer, cluster) + Seconds(memory=loading)
 
 
