@@ -220,14 +220,17 @@ class Planner:
 
 
 def choose(plans: list[Plan], cluster: Cluster) -> Plan | None:
-    """The fastest; of those that are as good as equal, one that leaves COMFORT of its fullest GPU, or else the most."""
+    """The fastest; of those that are as good as equal, one that leaves COMFORT of its fullest GPU, or else the most.
+
+    Less than a GiB is no difference.
+    """
     running = [plan for plan in plans if plan.problem is None]
     if not running:
         return None
     fastest = min(plan.step_s for plan in running)
     close = [plan for plan in running if plan.step_s <= EQUAL * fastest]
     # A shared server takes what the trainer leaves: that is not held against the layout.
-    return max(close, key=lambda plan: (min(plan.trainer_headroom(cluster), COMFORT), -plan.step_s))
+    return max(close, key=lambda plan: (min(plan.trainer_headroom(cluster), COMFORT) // GIB, -plan.step_s))
 
 
 def sides_of(config: Config, gpus: int) -> tuple[TrainerSide, RolloutSide]:

@@ -20,7 +20,7 @@ from megatron_dgpo.planning.sizes import Sizes
 
 # Shares of the data sheet's rates that large operations reach, the same for every model, GPU and layout.
 GEMM = 0.65  # bfloat16 matrix products inside a model (cuBLAS alone: 0.7 of an H100's, 0.8 of an A100's)
-GROUPED_GEMM = 0.40  # experts' products: fewer rows each
+GROUPED_GEMM = 0.30  # experts' products: fewer rows each, uneven between experts
 ATTENTION = 0.45  # FlashAttention-2 and cuDNN, causal, forward and backward
 MEMORY = 0.80  # element-wise kernels, optimizer
 NETWORK = 0.75  # NCCL rings over NVLink and InfiniBand
