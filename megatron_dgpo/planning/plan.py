@@ -91,8 +91,7 @@ class Planner:
                     f"trainer and server need {both / GIB:.1f} GiB of a shared GPU: "
                     f"{self.cluster.gpu.memory_bytes / GIB:.1f} GiB available; lower rollout.gpu_memory_fraction"
                 )
-        if self._fullest(trainer)[0] > self.cluster.gpu.memory_bytes:
-            problem = self._problem(trainer)
+        problem = self.problem(trainer) or problem
         phases = None if server.problem else self.phases(trainer, rollout, server)
         return Plan(trainer, rollout, stages, server, phases, problem)
 
@@ -141,7 +140,7 @@ class Planner:
         stages = self._stages(trainer)
         room = self.cluster.gpu.memory_bytes - max(sum(items.values()) for items in stages)
         if room < 0:
-            return Plan(trainer, stages=stages, problem=self._problem(trainer))
+            return Plan(trainer, stages=stages, problem=self.problem(trainer))
         rollout, server, problem = self._best_rollout(
             count if shared else gpus - count, shared, self._fraction(shared, room)
         )
@@ -191,32 +190,47 @@ class Planner:
     def _stages(self, trainer: TrainerSide) -> tuple[dict[str, float], ...]:
         return tuple(memory.trainer_memory(self.sizes, self.work, trainer, stage) for stage in range(trainer.pipeline))
 
-    def _problem(self, trainer: TrainerSide) -> str:
-        """What is too much where, and the one change that helps most."""
+    def problem(self, trainer: TrainerSide) -> str | None:
+        """What is too much where, and the changes that help most, one after the other until it fits; None: it fits."""
         needed, stage = self._fullest(trainer)
         available = self.cluster.gpu.memory_bytes
+        if needed <= available:
+            return None
         text = f"needs {needed / GIB:.1f} GiB on stage {stage}: {available / GIB:.1f} GiB available"
-        changes = []
-        if trainer.recompute != "full":
-            changes.append(("recompute=full", replace(trainer, recompute="full")))
-        if not trainer.sequence and trainer.tensor > 1:
-            changes.append(("sequence=true", replace(trainer, sequence=True)))
-        if not trainer.distributed_optimizer and trainer.data > 1:
-            changes.append(("distributed_optimizer=true", replace(trainer, distributed_optimizer=True)))
-        if trainer.reference == "device":
-            changes.append(("reference_offload=true", replace(trainer, reference="host")))
-        if trainer.micro_batch > 1:
-            changes.append(("micro_batch_size=1", replace(trainer, micro_batch=1)))
-        helped = [(self._fullest(changed)[0], name) for name, changed in changes]
-        if not helped:
+        names: list[str] = []
+        while needed > available:
+            tried = [(self._fullest(changed)[0], name, changed) for name, changed in _changes(trainer)]
+            if not tried:
+                break
+            least, name, changed = min(tried, key=lambda item: item[0])
+            if least >= needed:
+                break
+            needed, trainer = least, changed
+            names.append(name)
+        if not names:
             return text
-        least, name = min(helped)
-        enough = "" if least <= available else ", still too much"
-        return f"{text}; {name} brings it to {least / GIB:.1f} GiB{enough}"
+        verb, enough = "bring" if len(names) > 1 else "brings", "" if needed <= available else ", still too much"
+        return f"{text}; {' and '.join(names)} {verb} it to {needed / GIB:.1f} GiB{enough}"
 
     def _fullest(self, trainer: TrainerSide) -> tuple[float, int]:
         totals = [sum(items.values()) for items in self._stages(trainer)]
         return max(totals), totals.index(max(totals))
+
+
+def _changes(trainer: TrainerSide) -> list[tuple[str, TrainerSide]]:
+    """Settings that save memory and are not in use, with the layout that each makes."""
+    found = []
+    if trainer.recompute != "full":
+        found.append(("recompute=full", replace(trainer, recompute="full")))
+    if not trainer.sequence and trainer.tensor > 1:
+        found.append(("sequence=true", replace(trainer, sequence=True)))
+    if not trainer.distributed_optimizer and trainer.data > 1:
+        found.append(("distributed_optimizer=true", replace(trainer, distributed_optimizer=True)))
+    if trainer.reference == "device":
+        found.append(("reference_offload=true", replace(trainer, reference="host")))
+    if trainer.micro_batch > 1:
+        found.append(("micro_batch_size=1", replace(trainer, micro_batch=1)))
+    return found
 
 
 def choose(plans: list[Plan], cluster: Cluster) -> Plan | None:

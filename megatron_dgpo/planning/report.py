@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def print_job(console: Console, sizes: Sizes, work: Workload, cluster: Cluster, 
 
 
 def print_layouts(console: Console, plans: list[Plan], work: Workload, cluster: Cluster, most: int) -> None:
-    """The fastest layouts, and for shapes that have none the one that comes closest."""
+    """The fastest layouts, and why others fail."""
     running = sorted((plan for plan in plans if plan.problem is None), key=lambda plan: plan.step_s)
     table = _table(f"{len(running)} of {len(plans)} layouts run; the fastest")
     for name in ("trainer", "vLLM servers"):
@@ -47,14 +48,13 @@ def print_layouts(console: Console, plans: list[Plan], work: Workload, cluster: 
             str(plan.server.concurrent),
         )
     console.print(table)
-    closest = _closest_failures(plans)
-    if closest:
-        table = _table(f"{len(closest)} shapes that do not run, and why the closest layout of each fails")
-        table.add_column("trainer")
-        table.add_column("why", overflow="fold")
-        for plan in closest[:most]:
-            table.add_row(str(plan.trainer), plan.problem)
-        console.print(table)
+    for title, failures in _failures(plans):
+        if failures:
+            console.print(title)
+            for plan in failures[:most]:
+                line = f"{plan.trainer} on {plan.trainer.gpus} GPUs: {plan.problem}"
+                console.print(textwrap.fill(line, console.width - 2, initial_indent="  ", subsequent_indent="    "))
+            console.print()
 
 
 def print_plan(console: Console, plan: Plan, work: Workload, cluster: Cluster) -> None:
@@ -140,18 +140,29 @@ def _plan_json(plan: Plan, work: Workload) -> dict:
     return found
 
 
-def _closest_failures(plans: list[Plan]) -> list[Plan]:
-    """Of every shape (sizes of the parallel groups) without a layout that runs, the one that needs least memory."""
-    best: dict[tuple, Plan | None] = {}
+def _failures(plans: list[Plan]) -> list[tuple[str, list[Plan]]]:
+    """(title, plans): of shapes that run, the plainest layout that does not; of others, the one that comes closest.
+
+    A shape is the sizes of the parallel groups. What fails for memory comes first: it says more than what divides
+    nothing.
+    """
+    shapes: dict[tuple, list[Plan]] = {}
     for plan in plans:
         trainer = plan.trainer
-        shape = trainer.gpus, trainer.tensor, trainer.pipeline, trainer.expert
-        if plan.problem is None:
-            best[shape] = None
-        elif shape not in best or (best[shape] is not None and _needs(plan) < _needs(best[shape])):
-            best[shape] = plan
-    # What fails for memory says more than what divides nothing.
-    return sorted((plan for plan in best.values() if plan), key=_needs)
+        shapes.setdefault((trainer.gpus, trainer.tensor, trainer.pipeline, trainer.expert), []).append(plan)
+    plainest, closest = [], []
+    for members in shapes.values():
+        failing = [plan for plan in members if plan.problem]
+        running = [plan.step_s for plan in members if not plan.problem]
+        if running and failing and failing[0].stages:
+            plainest.append((min(running), failing[0]))
+        elif not running:
+            closest.append(min(failing, key=_needs))
+    plainest.sort(key=lambda item: item[0])
+    return [
+        ("Plain layouts of the fastest shapes that fail, and what makes them fit:", [plan for _, plan in plainest]),
+        (f"{len(closest)} shapes of which no layout runs, and why the closest fails:", sorted(closest, key=_needs)),
+    ]
 
 
 def _needs(plan: Plan) -> float:

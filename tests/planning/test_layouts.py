@@ -1,4 +1,4 @@
-"""Legality: what the planner calls legal builds, and what it refuses is refused by the trainer, Megatron-Core or vLLM."""
+"""Legality: what the planner calls legal builds; what it refuses, the trainer, Megatron-Core or vLLM refuses."""
 
 import itertools
 

@@ -19,14 +19,22 @@ SHAPES = [
     dict(tensor=2, pipeline=2),
     dict(pipeline=4),
 ]
+MIXTURE_SHAPES = [
+    dict(expert=2, data=2),
+    dict(expert=2, data=4),
+    dict(tensor=2, sequence=True, expert=2, data=2),
+    dict(pipeline=2, expert=2, data=2),
+]
 DTYPES = ("float32", "bfloat16")
-FAMILIES = {"qwen3": False, "qwen2": True}
+# Whether its head is its embedding.
+FAMILIES = {"qwen3": False, "qwen2": True, "qwen3_moe": False}
 
 
 def settings() -> list[tuple[str, dict, str]]:
-    """(family, parallel, dtype): 80 layouts."""
+    """(family, parallel, dtype) of every layout that is compared."""
     found = []
-    for family, shape, dtype in itertools.product(FAMILIES, SHAPES, DTYPES):
+    dense = itertools.product(("qwen3", "qwen2"), SHAPES, DTYPES)
+    for family, shape, dtype in (*dense, *itertools.product(("qwen3_moe",), MIXTURE_SHAPES, DTYPES)):
         for sharded in (False, True) if shape.get("data", 1) > 1 else (False,):
             found.append((family, {**shape, "distributed_optimizer": sharded}, dtype))
     return found
@@ -107,6 +115,7 @@ def test_bytes_equal_megatrons(world, tmp_path_factory):
             parallel.get("pipeline", 1),
             parallel.get("data", 1),
             parallel.get("chunks_per_stage", 1),
+            parallel.get("expert", 1),
         )
         for stage in range(side.pipeline):
             found = [rank[number][1:] for rank in ranks if rank[number][0] == stage]
@@ -117,7 +126,7 @@ def test_bytes_equal_megatrons(world, tmp_path_factory):
                 side.pipeline,
                 side.chunks,
                 side.data,
-                1,
+                side.expert,
                 parallel["distributed_optimizer"],
                 2 if dtype == "bfloat16" else 4,
             )
