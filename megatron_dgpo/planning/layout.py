@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dgpo.config import Parallel
+from megatron_dgpo.config import Parallel, Rollout
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.weights.architectures import Architecture, check_layout
 
 Recompute = Literal["none", "selective", "full"]
+# Whether this trainer's servers can free their GPUs while it trains.
+CAN_SLEEP = "sleep" in Rollout.model_fields
 
 
 @dataclass(frozen=True)
@@ -98,18 +100,20 @@ class TrainerSide:
 
 @dataclass(frozen=True)
 class RolloutSide:
-    """The vLLM servers. shared: on the trainer's GPUs, resident beside it; else on GPUs of their own."""
+    """The vLLM servers, on the trainer's GPUs (shared) or on their own. sleep: shared ones leave while it trains."""
 
     tensor: int
     servers: int
     shared: bool
+    sleep: bool = False
 
     @property
     def gpus(self) -> int:
         return self.tensor * self.servers
 
     def __str__(self) -> str:
-        return f"{self.servers} × TP{self.tensor} {'shared' if self.shared else 'separate'}"
+        place = ("asleep in training" if self.sleep else "shared") if self.shared else "separate"
+        return f"{self.servers} × TP{self.tensor} {place}"
 
 
 def refusal(
@@ -209,5 +213,5 @@ def rollout_sides(
 ) -> Iterator[tuple[RolloutSide, str | None]]:
     for tensor in divisors(gpus):
         if tensor <= gpus_per_node:
-            rollout = RolloutSide(tensor, gpus // tensor, shared)
+            rollout = RolloutSide(tensor, gpus // tensor, shared, shared and CAN_SLEEP)
             yield rollout, rollout_refusal(architecture, rollout, gpus_per_node)

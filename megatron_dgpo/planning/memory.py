@@ -261,7 +261,16 @@ def trainer_memory(sizes: Sizes, work: Workload, trainer: TrainerSide, stage: in
     return items
 
 
+def resident(items: dict[str, float]) -> float:
+    """Bytes that a GPU of `trainer_memory` keeps while servers sample: the rest goes when its step is over."""
+    kept = sum(items[name] for name in ("weights", "gradients", "optimizer", "reference"))
+    return (1 + FRAGMENTATION) * kept + items["CUDA and NCCL"]
+
+
 # Memory of vLLM
+
+# What a sleeping worker keeps of its GPU (level 1: weights go to the host, the cache is dropped).
+ASLEEP_BYTES = GRAPH_BYTES + RUNTIME_BYTES
 
 
 @functools.cache

@@ -62,10 +62,17 @@ class Plan:
         """Prompt and response tokens of a step, by its time and all GPUs."""
         return work.rows * (work.prompt_tokens + work.response_tokens) / self.step_s / self.gpus
 
-    def peak(self, stage: int) -> float:
-        """Bytes of one GPU of the stage, a server that shares it included."""
-        own = sum(self.stages[stage].values())
-        return own + sum(self.server.memory.values()) if self.rollout and self.rollout.shared else own
+    def peaks(self, stage: int) -> dict[str, float]:
+        """{phase: bytes of one GPU of the stage}, a server that shares it included."""
+        own, server = sum(self.stages[stage].values()), sum(self.server.memory.values())
+        if not self.rollout.shared:
+            return {"training": own}
+        if not self.rollout.sleep:
+            return {"both on one GPU": own + server}
+        return {
+            "training, server asleep": own + memory.ASLEEP_BYTES,
+            "sampling": memory.resident(self.stages[stage]) + server,
+        }
 
     def trainer_headroom(self, cluster: Cluster) -> float:
         """Bytes that the trainer leaves on its fullest GPU."""
@@ -83,17 +90,16 @@ class Planner:
         """Memory and time of one layout, with the server's part of a GPU and the most sequences it may decode."""
         stages = self._stages(trainer)
         server = self.server(rollout, fraction, sequences)
-        problem = server.problem
-        if rollout.shared:
-            both = max(sum(items.values()) for items in stages) + sum(server.memory.values())
-            if both > self.cluster.gpu.memory_bytes:
-                problem = (
-                    f"trainer and server need {both / GIB:.1f} GiB of a shared GPU: "
-                    f"{self.cluster.gpu.memory_bytes / GIB:.1f} GiB available; lower rollout.gpu_memory_fraction"
-                )
-        problem = self.problem(trainer) or problem
+        plan = Plan(trainer, rollout, stages, server)
+        problem = self.problem(trainer, self._reserved(rollout)) or server.problem
+        most = max(max(plan.peaks(stage).values()) for stage in range(trainer.pipeline))
+        if problem is None and most > self.cluster.gpu.memory_bytes:
+            problem = (
+                f"trainer and server need {most / GIB:.1f} GiB of a shared GPU: "
+                f"{self.cluster.gpu.memory_bytes / GIB:.1f} GiB available; lower rollout.gpu_memory_fraction"
+            )
         phases = None if server.problem else self.phases(trainer, rollout, server)
-        return Plan(trainer, rollout, stages, server, phases, problem)
+        return replace(plan, phases=phases, problem=problem)
 
     def search(self, gpus: int, placements: tuple[str, ...] = ("separate", "shared")) -> list[Plan]:
         """A plan for every layout of the trainer that matters, with the best servers for it."""
@@ -138,22 +144,24 @@ class Planner:
         if reason:
             return Plan(trainer, problem=reason)
         stages = self._stages(trainer)
-        room = self.cluster.gpu.memory_bytes - max(sum(items.values()) for items in stages)
-        if room < 0:
-            return Plan(trainer, stages=stages, problem=self.problem(trainer))
-        rollout, server, problem = self._best_rollout(
-            count if shared else gpus - count, shared, self._fraction(shared, room)
-        )
+        sleep = shared and layout.CAN_SLEEP
+        problem = self.problem(trainer, memory.ASLEEP_BYTES if sleep else 0.0)
         if problem:
-            where = f"beside the trainer's {(self.cluster.gpu.memory_bytes - room) / GIB:.1f} GiB: " if shared else ""
+            return Plan(trainer, stages=stages, problem=problem)
+        rest = [memory.resident(items) if sleep else sum(items.values()) for items in stages]
+        fraction = OWN_FRACTION
+        if shared:
+            room = 1 - max(rest) / self.cluster.gpu.memory_bytes - SHARED_MARGIN
+            fraction = min(OWN_FRACTION, max(0.0, int(room * 100) / 100))
+        rollout, server, problem = self._best_rollout(count if shared else gpus - count, shared, fraction)
+        if problem:
+            where = f"beside the trainer's {max(rest) / GIB:.1f} GiB: " if shared else ""
             return Plan(trainer, rollout, stages, server, problem=where + problem)
         return Plan(trainer, rollout, stages, server, self.phases(trainer, rollout, server))
 
-    def _fraction(self, shared: bool, room: float) -> float:
-        """rollout.gpu_memory_fraction, in whole hundredths. room: bytes that the trainer leaves."""
-        if not shared:
-            return OWN_FRACTION
-        return max(0.0, int((room / self.cluster.gpu.memory_bytes - SHARED_MARGIN) * 100) / 100)
+    def _reserved(self, rollout: RolloutSide) -> float:
+        """Bytes of the trainer's GPUs that a sleeping server keeps."""
+        return memory.ASLEEP_BYTES if rollout.shared and rollout.sleep else 0.0
 
     def _find_best_rollout(self, gpus: int, shared: bool, fraction: float):
         """(layout, server, None) that samples fastest, or the one that comes closest to running and its problem."""
@@ -190,10 +198,13 @@ class Planner:
     def _stages(self, trainer: TrainerSide) -> tuple[dict[str, float], ...]:
         return tuple(memory.trainer_memory(self.sizes, self.work, trainer, stage) for stage in range(trainer.pipeline))
 
-    def problem(self, trainer: TrainerSide) -> str | None:
-        """What is too much where, and the changes that help most, one after the other until it fits; None: it fits."""
+    def problem(self, trainer: TrainerSide, reserved: float = 0.0) -> str | None:
+        """What is too much where, and the changes that help most, one after the other until it fits; None: it fits.
+
+        reserved: bytes of every GPU that are not the trainer's.
+        """
         needed, stage = self._fullest(trainer)
-        available = self.cluster.gpu.memory_bytes
+        available = self.cluster.gpu.memory_bytes - reserved
         if needed <= available:
             return None
         text = f"needs {needed / GIB:.1f} GiB on stage {stage}: {available / GIB:.1f} GiB available"
@@ -271,7 +282,7 @@ def sides_of(config: Config, gpus: int) -> tuple[TrainerSide, RolloutSide]:
             f"the trainer's {trainer.gpus} GPUs (parallel.tensor × pipeline × data) and the servers' {servers} "
             f"(rollout.tensor × servers) are neither {gpus} together nor {gpus} each: change them or --gpus"
         )
-    return trainer, RolloutSide(rollout.tensor, rollout.servers, shared)
+    return trainer, RolloutSide(rollout.tensor, rollout.servers, shared, shared and getattr(rollout, "sleep", False))
 
 
 def workload_of(config: Config, prompt_tokens: int, response_tokens: int) -> Workload:
@@ -314,5 +325,6 @@ def settings_of(plan: Plan, work: Workload) -> dict[str, dict]:
             "transport": "ipc" if rollout.shared else "shards",
             "gpu_memory_fraction": plan.server.fraction,
             "max_concurrent": plan.server.concurrent,
+            **({"sleep": True} if rollout.sleep else {}),
         },
     }

@@ -76,7 +76,8 @@ def print_plan(console: Console, plan: Plan, work: Workload, cluster: Cluster) -
     totals = [sum(plan.stages[stage].values()) for stage in stages]
     table.add_row("total", *map(_gib, totals), _gib(sum(plan.server.memory.values())))
     if plan.rollout.shared:
-        table.add_row("both on one GPU", *(_gib(plan.peak(stage)) for stage in stages), "")
+        for name in plan.peaks(0):
+            table.add_row(name, *(_gib(plan.peaks(stage)[name]) for stage in stages), "")
     console.print(table)
     if plan.problem:
         console.print(f"Does not run: {plan.problem}")

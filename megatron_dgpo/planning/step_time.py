@@ -257,11 +257,13 @@ def rollout_time(
 
 def sync_time(sizes: Sizes, trainer: TrainerSide, rollout: RolloutSide, cluster: Cluster) -> Seconds:
     """New weights to all servers. separate (`shards`): every worker gets its own shard once, all ranks send; shared
-    (`ipc`): tensors are gathered on every trainer rank and read there."""
+    (`ipc`): tensors are gathered on every trainer rank and read there; a sleeping server's old ones go to the host and
+    come back."""
     model = 2 * sizes.parameters
     if rollout.shared:
         gathered = model / cluster.bandwidth(trainer.tensor * trainer.data * trainer.pipeline)
-        return Seconds(network=SYNC_S + gathered, memory=2 * model / (cluster.gpu.memory_bandwidth * MEMORY))
+        moved = 2 * memory.vllm_weights(sizes, rollout.tensor) / PCIE if rollout.sleep else 0.0
+        return Seconds(network=SYNC_S + gathered, memory=moved + 2 * model / (cluster.gpu.memory_bandwidth * MEMORY))
     received = memory.vllm_weights(sizes, rollout.tensor)
     sent = model * rollout.servers / trainer.gpus
     everything = trainer.gpus + rollout.gpus
