@@ -110,7 +110,7 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
         print(f"plan_parallelism: no layout runs{advice}", file=sys.stderr)
         return 1
     if options.write:
-        for path in report.write_settings(options.write, chosen, work):
+        for path in report.write_settings(options.write, chosen, work, cluster):
             console.print(f"wrote {path}")
     return 0
 
@@ -145,7 +145,7 @@ def _workload(options: argparse.Namespace, architecture: Architecture) -> Worklo
 
 def _configured(options: argparse.Namespace, planner: Planner, folder: Path) -> Plan:
     config = load_config(options.config)
-    trainer, rollout = sides_of(config, options.gpus)
+    trainer, rollout = sides_of(config, options.gpus, options.gpus_per_node)
     architecture = planner.sizes.architecture
     reason = refusal(architecture, trainer, planner.work, options.gpus_per_node, str(folder))
     reason = reason or rollout_refusal(architecture, rollout, options.gpus_per_node)

@@ -258,12 +258,14 @@ def choose(plans: list[Plan], cluster: Cluster) -> Plan | None:
     return max(close, key=lambda plan: (min(plan.trainer_headroom(cluster), COMFORT) // GIB, -plan.step_s))
 
 
-def sides_of(config: Config, gpus: int) -> tuple[TrainerSide, RolloutSide]:
+def sides_of(config: Config, gpus: int, gpus_per_node: int) -> tuple[TrainerSide, RolloutSide]:
     """The layout that a config describes on `gpus` GPUs. Raises UsageError where it does not fill them."""
     parallel, rollout = config.parallel, config.rollout
     ranks = parallel.tensor * parallel.pipeline
-    servers = rollout.tensor * rollout.servers
-    data = parallel.data or max(1, (gpus - servers) // ranks)
+    # rollout.servers counts those of one machine.
+    a_machine = rollout.tensor * rollout.servers
+    shared = parallel.data is not None and ranks * parallel.data == gpus
+    data = parallel.data or max(1, (gpus - a_machine) // ranks)
     trainer = TrainerSide(
         parallel.tensor,
         parallel.pipeline,
@@ -276,13 +278,16 @@ def sides_of(config: Config, gpus: int) -> tuple[TrainerSide, RolloutSide]:
         "none" if config.algorithm.credit == "uniform" else "host" if config.model.reference_offload else "device",
         config.batch.micro_batch_size,
     )
-    shared = trainer.gpus == servers == gpus
-    if not shared and trainer.gpus + servers != gpus:
+    serving = gpus if shared else gpus - trainer.gpus
+    machines = max(1, serving // gpus_per_node)
+    if serving != machines * a_machine:
         raise UsageError(
-            f"the trainer's {trainer.gpus} GPUs (parallel.tensor × pipeline × data) and the servers' {servers} "
-            f"(rollout.tensor × servers) are neither {gpus} together nor {gpus} each: change them or --gpus"
+            f"of --gpus={gpus} the trainer takes {trainer.gpus} (parallel.tensor × pipeline × data); the other "
+            f"{gpus - trainer.gpus}, or all of them if shared, are not {machines} machines of {a_machine} GPUs "
+            "(rollout.tensor × servers): change these or --gpus"
         )
-    return trainer, RolloutSide(rollout.tensor, rollout.servers, shared, shared and getattr(rollout, "sleep", False))
+    sleep = shared and getattr(rollout, "sleep", False)
+    return trainer, RolloutSide(rollout.tensor, machines * rollout.servers, shared, sleep)
 
 
 def workload_of(config: Config, prompt_tokens: int, response_tokens: int) -> Workload:
@@ -301,9 +306,10 @@ def workload_of(config: Config, prompt_tokens: int, response_tokens: int) -> Wor
     )
 
 
-def settings_of(plan: Plan, work: Workload) -> dict[str, dict]:
+def settings_of(plan: Plan, work: Workload, gpus_per_node: int) -> dict[str, dict]:
     """The plan as settings of megatron_dgpo.config."""
     trainer, rollout = plan.trainer, plan.rollout
+    machines = max(1, rollout.gpus // gpus_per_node)
     parallel = trainer.parallel().model_dump()
     return {
         "model": {
@@ -319,7 +325,8 @@ def settings_of(plan: Plan, work: Workload) -> dict[str, dict]:
             "group_size": work.group,
             "max_response_tokens": work.max_response_tokens,
             "context_tokens": work.context,
-            "servers": rollout.servers,
+            # Of one machine.
+            "servers": rollout.servers // machines,
             "tensor": rollout.tensor,
             # Two processes cannot be ranks of one NCCL group on the same GPU.
             "transport": "ipc" if rollout.shared else "shards",

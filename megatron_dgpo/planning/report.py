@@ -47,7 +47,10 @@ def print_layouts(console: Console, plans: list[Plan], work: Workload, cluster: 
             f"{(cluster.gpu.memory_bytes - plan.trainer_headroom(cluster)) / GIB:.1f}",
             str(plan.server.concurrent),
         )
-    console.print(table)
+    if running:
+        console.print(table)
+    else:
+        console.print(f"none of {len(plans)} layouts runs\n")
     for title, failures in _failures(plans):
         if failures:
             console.print(title)
@@ -103,14 +106,16 @@ def as_json(plans: list[Plan], chosen: Plan | None, sizes: Sizes, work: Workload
         "parameters": sizes.parameters,
         "cluster": asdict(cluster),
         "workload": asdict(work),
-        "chosen": None if chosen is None else _plan_json(chosen, work) | {"settings": settings_of(chosen, work)},
+        "chosen": None
+        if chosen is None
+        else _plan_json(chosen, work) | {"settings": settings_of(chosen, work, cluster.gpus_per_node)},
         "plans": [_plan_json(plan, work) for plan in plans],
     }
 
 
-def write_settings(folder: Path, plan: Plan, work: Workload) -> list[Path]:
+def write_settings(folder: Path, plan: Plan, work: Workload, cluster: Cluster) -> list[Path]:
     """settings.yaml, sections for a config; overrides.txt, the same for the command line. Returns what was written."""
-    settings = settings_of(plan, work)
+    settings = settings_of(plan, work, cluster.gpus_per_node)
     folder.mkdir(parents=True, exist_ok=True)
     sections, words = folder / "settings.yaml", folder / "overrides.txt"
     sections.write_text(f"# {plan.trainer}; vLLM {plan.rollout}\n" + yaml.safe_dump(settings, sort_keys=False))
@@ -162,7 +167,10 @@ def _failures(plans: list[Plan]) -> list[tuple[str, list[Plan]]]:
     plainest.sort(key=lambda item: item[0])
     return [
         ("Plain layouts of the fastest shapes that fail, and what makes them fit:", [plan for _, plan in plainest]),
-        (f"{len(closest)} shapes of which no layout runs, and why the closest fails:", sorted(closest, key=_needs)),
+        (
+            f"Shapes of which no layout runs, {len(closest)} in all, and why the closest fails:",
+            sorted(closest, key=_needs),
+        ),
     ]
 
 

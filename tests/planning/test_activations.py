@@ -93,7 +93,7 @@ def expected_bytes(sizes, parallel, model, rows, length):
 def test_within_a_tenth_of_what_autograd_saves(name, tmp_path):
     model_dir = make_tiny_model(tmp_path / "model", name.split()[-1], **MODELS[name])
     sizes = Sizes(read_architecture(model_dir))
-    compared = 0
+    errors = []
     for world in (1, 2):
         cases = [
             (parallel, {"dtype": dtype, "recompute": recompute}, *shape)
@@ -108,9 +108,10 @@ def test_within_a_tenth_of_what_autograd_saves(name, tmp_path):
         for case, *found in zip(cases, *run_ranks(saved_bytes, world, model_dir, cases), strict=True):
             expected = expected_bytes(sizes, *case)
             # Experts' shares are uneven: the formula is the mean over ranks.
-            assert sum(found) / world == pytest.approx(expected, rel=0.1), f"{name} {case}"
-            compared += 1
-    assert compared >= 24
+            errors.append(abs(sum(found) / world / expected - 1))
+            assert errors[-1] < 0.1, f"{name} {case}"
+    print(f"{name}: {len(errors)} cases, largest difference {max(errors):.1%}")
+    assert len(errors) >= 24
 
 
 def test_stages_hold_what_the_schedule_starts():

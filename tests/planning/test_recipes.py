@@ -38,7 +38,7 @@ def test_recipe_fits_its_model_and_gpus(recipe, billions):
     assert sizes.parameters / 1e9 == pytest.approx(billions, abs=0.06)
     options = plan_parallelism._parse(command(recipe))
     work = workload_of(config, options.prompt_tokens, options.response_tokens)
-    trainer, rollout = sides_of(config, options.gpus)
+    trainer, rollout = sides_of(config, options.gpus, 8)
     assert refusal(architecture, trainer, work, 8) is None
     assert rollout_refusal(architecture, rollout, 8) is None
     assert config.rollout.context_tokens <= architecture.max_positions
