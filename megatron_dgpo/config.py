@@ -123,15 +123,16 @@ class Rollout(Section):
     """Experts whole on one of a server's workers each, instead of all cut over all workers."""
     addresses: tuple[str, ...] = ()
     """Running servers (http://host:port), instead of starting any; their secret in MEGATRON_DGPO_SECRET."""
-    transport: Literal["auto", "memfd", "shards", "nccl", "ipc"] = "auto"
-    """How weights travel. memfd: shared memory of one machine; shards: each worker gets its own shards, from the ranks
-    that hold them; nccl, ipc: vLLM's own, of gathered tensors. auto: memfd on CPU, nccl on GPUs."""
+    transport: Literal["auto", "memory", "shards", "ipc"] = "auto"
+    """How weights travel. memory: workers on this machine read their shards in place, on a CPU; shards: the ranks that
+    hold them send them, over gloo or NCCL; ipc: vLLM's own, of gathered tensors, to servers on the ranks' GPUs. auto:
+    memory on CPU, shards on GPUs."""
     bucket_bytes: PositiveInt = 256 * 2**20
     """shards: most bytes that a worker receives at once; both sides hold two such buckets."""
     transfer_timeout_s: PositiveFloat = 30
     """shards: longest wait for the other side."""
     check_all_weights: bool = False
-    """shards: compare every parameter's checksum after each update, instead of a sixteenth of them in turn."""
+    """Compare every parameter's checksum after each update, instead of a sixteenth of them in turn."""
     memory_bytes: PositiveInt = 256 * 2**20
     """KV cache of a CPU server."""
     gpu_memory_fraction: float = Field(0.85, gt=0, le=1)

@@ -108,9 +108,9 @@ def _check_rollouts(config: Config, architecture: Architecture) -> None:
         host = urlparse(address).hostname
         if urlparse(address).scheme not in ("http", "https") or not host:
             raise UsageError(f"rollout.addresses: '{address}' is not an address such as http://host:8000")
-        if server.transport(config) == "memfd" and not _is_loopback(host):
+        if server.transport(config) == "memory" and not _is_loopback(host):
             raise UsageError(
-                f"rollout.addresses: {address} is another machine, but rollout.transport=memfd shares memory with "
+                f"rollout.addresses: {address} is another machine, but rollout.transport=memory shares memory with "
                 "servers of this one; use rollout.transport=shards"
             )
 

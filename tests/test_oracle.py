@@ -62,8 +62,8 @@ def megatron_step(policy_dir, reference_dir, sampling_dir, parallel, algorithm, 
     from megatron_dgpo.model.policy import Policy
     from megatron_dgpo.model.reference import Reference
     from megatron_dgpo.weights.architectures import read_architecture
-    from megatron_dgpo.weights.export import write_slices
     from megatron_dgpo.weights.load import load_weights
+    from tests.full_tensors import write_slices
 
     init_device()
     config = make_config(

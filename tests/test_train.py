@@ -73,11 +73,11 @@ def write_config(folder, family, parallel, **rollout):
 @pytest.mark.parametrize(
     "family, parallel, transport",
     [
-        ("llama", {"tensor": 2}, "memfd"),
-        ("mistral", {}, "memfd"),
+        ("llama", {"tensor": 2}, "memory"),
+        ("mistral", {}, "memory"),
         ("qwen2", {"pipeline": 2}, "shards"),
         ("qwen3", {"data": 2}, "shards"),
-        ("mixtral", {"data": 2, "expert": 2}, "memfd"),
+        ("mixtral", {"data": 2, "expert": 2}, "memory"),
         ("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 2}, "shards"),
     ],
 )

@@ -1,16 +1,20 @@
-"""Bytes, seconds and memory of a weight update over gloo: shard to shard, gathered and broadcast, and a bare copy.
+"""Bytes, seconds and memory of a weight update: shard to shard, gathered and broadcast, and a bare copy.
 
     python tools/bench_weight_sync.py --json benchmarks/weight_sync_cpu.json
+    python tools/bench_weight_sync.py --predict            # 7B to 235B on 8 to 256 H100s
+    python tools/bench_weight_sync.py --predict --model DIR --nvlink-gb-s 450 --network-gb-s 50
 
 Trainer ranks and workers are processes of this machine that hold the shards of a Qwen2.5-0.5B-like model; loading into
-vLLM is not part of it. All ways run in turn, several rounds; each one's fastest round counts. `gather and broadcast`
-is what peers do: each parameter is put together on trainer rank 0, which broadcasts all of it to every worker.
-`copy` is each worker's copying of as many bytes as its shards have: no transport over memory can be faster.
+vLLM is not part of it. All ways run in turn, several rounds; each one's fastest round counts. `read in place` and
+`sent over gloo` are this package's; `gather and broadcast` is what peers do: each parameter is put together on trainer
+rank 0, which broadcasts all of it to every worker, over gloo. `copy` is each worker's copying of as many bytes as its
+shards have: no way can be faster.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -22,17 +26,19 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dgpo.rollout import shared_weights
 from megatron_dgpo.rollout.server import free_port
-from megatron_dgpo.rollout.shard_stream import join_group, receive_buckets, send_buckets
+from megatron_dgpo.rollout.shard_stream import Meeting, join_group, receive_buckets, send_buckets
 from megatron_dgpo.weights.architectures import Architecture
 from megatron_dgpo.weights.resharding import (
     TrainerLayout,
     VllmLayout,
+    block,
     buckets,
     plan_moves,
+    vllm_blocks,
     vllm_parameters,
     vllm_shape,
-    vllm_slices,
 )
 from megatron_dgpo.weights.slices import padded_vocab_size, shard_slices
 
@@ -54,7 +60,9 @@ ARCHITECTURE = Architecture(
     max_positions=32_768,
     sliding_window=None,
 )
+PARAMETERS = vllm_parameters(ARCHITECTURE)
 DTYPE = torch.bfloat16
+WAYS = ("copy", "read in place", "sent over gloo", "gather and broadcast")
 TIMEOUT_S = 120
 
 
@@ -98,7 +106,9 @@ def process(rank: int, trainer: TrainerLayout, vllm: VllmLayout, options, ports:
     size = trainer.world_size + vllm.num_workers
     store = dist.TCPStore("127.0.0.1", ports[0], size, rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    group = join_group("127.0.0.1", ports[1], rank, size, TIMEOUT_S)
+    meeting = Meeting("127.0.0.1", ports[1], "benchmark", TIMEOUT_S)
+    server = dist.TCPStore(meeting.host, meeting.port, None, True, wait_for_workers=False) if rank == 0 else None
+    group = join_group(meeting, rank, size, server)
     trainers = dist.new_group(list(range(trainer.world_size)))
     receivers = dist.new_group([0, *range(trainer.world_size, size)])
     worker = rank - trainer.world_size
@@ -110,32 +120,38 @@ def process(rank: int, trainer: TrainerLayout, vllm: VllmLayout, options, ports:
         mine = [[move for move in bucket if move.rank == rank] for bucket in plan]
         live = {}
     else:
+        shards = {}
         mine = [[move for move in bucket if move.worker == worker] for bucket in plan]
-        names = vllm_parameters(ARCHITECTURE)
-        live = {name: torch.zeros(vllm_shape(ARCHITECTURE, name, vllm.tensor), dtype=DTYPE) for name in names}
+        shapes = {name: vllm_shape(ARCHITECTURE, parameter, vllm) for name, parameter in PARAMETERS.items()}
+        live = {name: torch.zeros(shape, dtype=DTYPE) for name, shape in shapes.items()}
         # What the copy starts from: not this machine's page of zeros, which many addresses share.
         filled = {name: torch.ones_like(tensor) for name, tensor in live.items()}
+
+    handles: list = [None] * size
+    dist.all_gather_object(handles, shared_weights.share(shards))
+    memory = [shared_weights.attach(held) if worker >= 0 else {} for held in handles]
+
+    def in_place() -> None:
+        nonlocal received
+        for move in itertools.chain.from_iterable(mine if worker >= 0 else []):
+            received += move.numel * DTYPE.itemsize
+            move.of_target(live[move.target]).copy_(move.of_source(memory[move.rank][move.source]))
 
     def by_shards() -> None:
         nonlocal received
         if worker < 0:
-            return send_buckets(
-                group,
-                mine,
-                lambda move: shards[move.source].narrow(move.dim, move.source_start, move.length),
-                trainer.world_size,
-            )
+            return send_buckets(group, mine, lambda move: move.of_source(shards[move.source]), trainer.world_size)
 
         def load(move, piece):
             nonlocal received
             received += piece.nbytes
-            live[move.target].narrow(move.dim, move.target_start, move.length).copy_(piece)
+            move.of_target(live[move.target]).copy_(piece)
 
         return receive_buckets(group, mine, load, DTYPE, torch.device("cpu"))
 
     def by_broadcast() -> None:
         nonlocal received
-        by_source = {sources[0]: (name, sources) for name, (_, *sources) in vllm_parameters(ARCHITECTURE).items()}
+        targets = {parameter.experts[0][0]: name for name, parameter in PARAMETERS.items()}
         for name, (_, *sources) in ARCHITECTURE.parameters.items():
             full = {source: torch.empty(ARCHITECTURE.hf_shapes[source], dtype=DTYPE) for source in sources}
             stage = trainer.stage(ARCHITECTURE, name)
@@ -156,9 +172,11 @@ def process(rank: int, trainer: TrainerLayout, vllm: VllmLayout, options, ports:
                     dist.broadcast(tensor, 0, group=receivers)
                     received += tensor.nbytes if worker >= 0 else 0
             if worker >= 0:
-                target = by_source[sources[0]][0]
-                for part in vllm_slices(ARCHITECTURE, target, worker % vllm.tensor, vllm.tensor):
-                    part.of_shard(live[target]).copy_(part.of_full(full[part.name]))
+                target = targets[sources[0]]
+                for part in vllm_blocks(ARCHITECTURE, PARAMETERS[target], worker % vllm.tensor, vllm):
+                    block(live[target], part.shard_start, part.shape).copy_(
+                        block(full[part.name], part.start, part.shape)
+                    )
 
     def by_copy() -> None:
         if worker >= 0:
@@ -177,7 +195,7 @@ def process(rank: int, trainer: TrainerLayout, vllm: VllmLayout, options, ports:
         checksum = sum(tensor.view(torch.int16).sum(dtype=torch.int64).item() for tensor in live.values())
         return {"seconds": seconds, "peak": peak.bytes, "received": received, "checksum": checksum}
 
-    ways = {"shard to shard": by_shards, "gather and broadcast": by_broadcast, "copy": by_copy}
+    ways = dict(zip(WAYS, (by_copy, in_place, by_shards, by_broadcast), strict=True))
     results = {name: [run(way) for _ in range(options.rounds + 1)][1:] for name, way in ways.items()}
     queue.put((rank, sum(tensor.nbytes for tensor in live.values()), results))
     dist.barrier()
@@ -199,15 +217,12 @@ def measure(trainer: TrainerLayout, vllm: VllmLayout, options) -> list[dict]:
         child.join()
     sides = {"trainer": found[: trainer.world_size], "worker": found[trainer.world_size :]}
     shard_bytes = sides["worker"][0][1]
-    sums = {
-        way: [results[way][-1]["checksum"] for _, _, results in sides["worker"]]
-        for way in ("shard to shard", "gather and broadcast")
-    }
-    if sums["shard to shard"] != sums["gather and broadcast"]:
-        raise SystemExit(f"the two ways left different weights: {sums}")
+    sums = [[results[way][-1]["checksum"] for _, _, results in sides["worker"]] for way in WAYS[1:]]
+    if any(found != sums[0] for found in sums):
+        raise SystemExit(f"the ways left different weights: {sums}")
     rows = []
     floor = None
-    for way in ("copy", "shard to shard", "gather and broadcast"):
+    for way in WAYS:
         seconds = min(max(times) for times in zip(*([r["seconds"] for r in f[2][way]] for f in found), strict=True))
         floor = floor or seconds
         peaks = {side: max(r["peak"] for f in group for r in f[2][way]) for side, group in sides.items()}

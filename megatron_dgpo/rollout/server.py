@@ -14,6 +14,7 @@ from megatron_dgpo import process
 from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.rollout.guard import SECRET
+from megatron_dgpo.rollout.plugin import BACKEND
 from megatron_dgpo.weights.distributed import is_distributed
 
 ADDRESSES = "MEGATRON_DGPO_ADDRESSES"
@@ -42,7 +43,7 @@ def transport(config: Config) -> str:
     """How weights travel to the servers."""
     if config.rollout.transport != "auto":
         return config.rollout.transport
-    return "nccl" if torch.cuda.is_available() else "memfd"
+    return "shards" if torch.cuda.is_available() else "memory"
 
 
 def dtype(config: Config) -> str:
@@ -72,7 +73,7 @@ def command(config: Config, port: int, host: str = "127.0.0.1") -> list[str]:
         *("--logprobs-mode", "processed_logprobs"),
         # Sampling settings that a model directory brings along would change that distribution.
         *("--generation-config", "vllm"),
-        *("--weight-transfer-config", json.dumps({"backend": transport(config)})),
+        *("--weight-transfer-config", json.dumps({"backend": "ipc" if transport(config) == "ipc" else BACKEND})),
         *("--worker-extension-cls", "megatron_dgpo.rollout.transport.WorkerExtension"),
         *("--middleware", "megatron_dgpo.rollout.guard.SecretMiddleware"),
         # /inference/v1/generate: token ids in, token ids out.

@@ -1,4 +1,4 @@
-"""Megatron shards back into full Hugging Face tensors: into shared memory, as a stream, or as a directory."""
+"""Megatron shards back into full Hugging Face tensors: as a stream, or as a directory."""
 
 from __future__ import annotations
 
@@ -17,27 +17,6 @@ from megatron_dgpo.weights.directory import FILE_BYTES, copy_small_files
 from megatron_dgpo.weights.distributed import is_distributed
 from megatron_dgpo.weights.load import INDEX, SINGLE, named_shards, tensor_files
 from megatron_dgpo.weights.slices import shard_slices
-
-
-def write_slices(
-    chunks: list[torch.nn.Module], architecture: Architecture, destination: dict[str, torch.Tensor]
-) -> None:
-    """Copy what this rank holds into full Hugging Face tensors, cast to their dtype. Collectives: none.
-
-    All ranks together write every element exactly once: of several that hold the same one, the first.
-    """
-    writes = parallel_state.get_data_parallel_rank() == 0
-    writes_experts = parallel_state.get_expert_data_parallel_rank() == 0
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    for name, parameter in named_shards(chunks):
-        # A tied head's copy is not in the table: the embedding is written once, by the first stage.
-        if name not in architecture.parameters or (architecture.parameters[name][0] == "copy" and rank):
-            continue
-        if not (writes if expert_of(name) is None else writes_experts):
-            continue
-        for part in shard_slices(architecture, name, rank, size):
-            part.of_full(destination[part.name]).copy_(part.of_shard(parameter.detach()))
 
 
 class FullTensors:

@@ -130,15 +130,16 @@ class Move:
         return math.prod(self.shape)
 
     def of_source(self, shard: torch.Tensor) -> torch.Tensor:
-        return _block(shard, self.source_start, self.shape)
+        return block(shard, self.source_start, self.shape)
 
     def of_target(self, shard: torch.Tensor) -> torch.Tensor:
         """A view of self.shape."""
         stack = len(self.target_start) - len(self.shape)
-        return _block(shard[self.target_start[:stack]] if stack else shard, self.target_start[stack:], self.shape)
+        return block(shard[self.target_start[:stack]] if stack else shard, self.target_start[stack:], self.shape)
 
 
-def _block(tensor: torch.Tensor, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+def block(tensor: torch.Tensor, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+    """A view."""
     return tensor[tuple(slice(first, first + length) for first, length in zip(start, shape, strict=True))]
 
 

@@ -68,7 +68,7 @@ def running_server(folder, family, tensor):
         process.stop(children)
 
 
-def push(folder, model, tensor, parallel, addresses, version, kill=None):
+def push(folder, model, tensor, parallel, addresses, version, kill=None, in_place=False):
     """On every trainer rank: load `model` and send it; which tensors differ then, and how many were compared.
 
     kill: process group to end when the last rank has sent some of its buckets; 0 is that rank itself.
@@ -82,7 +82,7 @@ def push(folder, model, tensor, parallel, addresses, version, kill=None):
     from megatron_dgpo.rollout.client import Engines
     from megatron_dgpo.rollout.weight_sync import ShardSync, from_rank_0
     from megatron_dgpo.weights.architectures import read_architecture
-    from megatron_dgpo.weights.load import load_weights
+    from megatron_dgpo.weights.load import load_weights, named_shards
 
     init_device()
     config = make_test_config(folder, tensor, parallel)
@@ -97,9 +97,8 @@ def push(folder, model, tensor, parallel, addresses, version, kill=None):
         parallel_state.get_tensor_model_parallel_world_size(),
     )
     engines = Engines(addresses, SECRET, 60, [2]) if dist.get_rank() == 0 else None
-    sync = ShardSync(
-        engines, policy.modules, architecture, trainer_layout(config.parallel), config.rollout, torch.float32
-    )
+    shards, layout = dict(named_shards(policy.modules)), trainer_layout(config.parallel)
+    sync = ShardSync(engines, shards, architecture, layout, config.rollout, torch.float32, in_place)
     if kill is not None and dist.get_rank() == dist.get_world_size() - 1:
         make_piece, made = sync._piece, []
 
@@ -159,6 +158,16 @@ def test_workers_with_whole_experts_are_updated(tmp_path_factory):
             model = make_tiny_model(folder / f"model-{version}", "qwen3_moe", seed=version, **SIZES)
             [(differing, compared), *_] = run_ranks(push, world, folder, model, 2, parallel, engines.addresses, version)
             assert differing == [] and compared >= 2 * 4 * 9
+
+
+@one_server
+def test_workers_read_in_place(live):
+    engines, folder, family, tensor, _ = live
+    model = make_tiny_model(folder / "model-in-place", family, seed=40, **SIZES)
+    layout = {"tensor": 2, "pipeline": 2}
+    [(differing, compared), *_] = run_ranks(push, 4, folder, model, tensor, layout, engines.addresses, 40, None, True)
+    assert differing == [] and compared >= 30 * tensor
+    assert served_gap(engines, model) < 1e-4
 
 
 @one_server

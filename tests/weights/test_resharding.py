@@ -16,7 +16,7 @@ from megatron_dgpo.weights.resharding import (
     vllm_shape,
     wrapped_sum,
 )
-from megatron_dgpo.weights.slices import padded_vocab_size, shard_slices
+from tests.full_tensors import megatron_shard
 from tests.tiny_models import make_tiny_model
 
 VOCAB = 131  # no group size divides it
@@ -44,21 +44,6 @@ def model(request, tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     full = {name: torch.randn(shape, generator=generator) for name, shape in architecture.hf_shapes.items()}
     return architecture, full
-
-
-def megatron_shard(architecture, full, name, rank, size):
-    """What a tensor-parallel rank holds of one parameter; blank where it is padding."""
-    parts = shard_slices(architecture, name, rank, size)
-    shape = list(full[architecture.parameters[name][1]].shape)
-    if architecture.parameters[name][0] == "vocab":
-        shape[0] = padded_vocab_size(architecture.vocab_size, size) // size
-    else:
-        dim = parts[0].dim
-        shape[dim] = sum(part.length for part in parts)
-    shard = torch.full(shape, torch.nan)
-    for part in parts:
-        part.of_shard(shard).copy_(part.of_full(full[part.name]))
-    return shard
 
 
 def vllm_shard(architecture, full, parameter, rank, layout):

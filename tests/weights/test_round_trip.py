@@ -17,8 +17,9 @@ def round_trip(model_dirs, targets, parallel, dtype):
     from megatron_dgpo.model.gpt import build_chunks
     from megatron_dgpo.model.parallel import initialize_parallel
     from megatron_dgpo.weights.architectures import read_architecture
-    from megatron_dgpo.weights.export import export_hf, write_slices
+    from megatron_dgpo.weights.export import export_hf
     from megatron_dgpo.weights.load import load_weights
+    from tests.full_tensors import write_slices
 
     init_device()
     written = {}
