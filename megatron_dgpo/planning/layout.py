@@ -1,0 +1,217 @@
+"""What is planned: the work of a step, and one way to lay it out over GPUs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_dgpo.config import Parallel, Rollout
+from megatron_dgpo.errors import UsageError
+from megatron_dgpo.weights.architectures import Architecture, check_layout
+
+Recompute = Literal["none", "selective", "full"]
+# Whether this trainer's servers can free their GPUs while it trains.
+CAN_SLEEP = "sleep" in Rollout.model_fields
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One step of training. Lengths in tokens."""
+
+    prompts: int
+    group: int
+    prompt_tokens: int
+    """Mean."""
+    response_tokens: int
+    """Mean."""
+    max_prompt_tokens: int
+    max_response_tokens: int
+    minibatches: int = 1
+    reference: bool = True
+    padded: bool = True
+    """Rows are padded to the longest, as this trainer does; False: packed end to end, as others do."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.group
+
+    @property
+    def context(self) -> int:
+        return self.max_prompt_tokens + self.max_response_tokens
+
+    @property
+    def row_tokens(self) -> int:
+        """Of one row in training."""
+        return self.context if self.padded else self.prompt_tokens + self.response_tokens
+
+    @property
+    def element_bytes(self) -> int:
+        return 2 if self.dtype == "bfloat16" else 4
+
+
+@dataclass(frozen=True)
+class TrainerSide:
+    """The trainer's ranks. Megatron numbers them tensor-parallel fastest, then data, then pipeline."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    chunks: int = 1
+    expert: int = 1
+    sequence: bool = False
+    distributed_optimizer: bool = False
+    recompute: Recompute = "none"
+    reference: Literal["device", "host", "none"] = "device"
+    micro_batch: int = 1
+
+    @property
+    def gpus(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def expert_data(self) -> int:
+        """Replicas of an expert: Megatron's expert tensor parallel size is 1 here."""
+        return self.tensor * self.data // self.expert
+
+    def parallel(self) -> Parallel:
+        """The trainer's settings."""
+        return Parallel(
+            tensor=self.tensor,
+            pipeline=self.pipeline,
+            chunks_per_stage=self.chunks,
+            data=self.data,
+            sequence=self.sequence,
+            distributed_optimizer=self.distributed_optimizer,
+            expert=self.expert,
+        )
+
+    def __str__(self) -> str:
+        parts = [f"TP{self.tensor}{'+SP' if self.sequence else ''}", f"PP{self.pipeline}"]
+        parts += [f"VP{self.chunks}"] if self.chunks > 1 else []
+        parts += [f"EP{self.expert}"] if self.expert > 1 else []
+        parts += [f"DP{self.data}{' sharded' if self.distributed_optimizer else ''}", f"mbs{self.micro_batch}"]
+        parts += [f"recompute={self.recompute}"] if self.recompute != "none" else []
+        parts += ["reference on host"] if self.reference == "host" else []
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class RolloutSide:
+    """The vLLM servers, on the trainer's GPUs (shared) or on their own. sleep: shared ones leave while it trains."""
+
+    tensor: int
+    servers: int
+    shared: bool
+    sleep: bool = False
+
+    @property
+    def gpus(self) -> int:
+        return self.tensor * self.servers
+
+    def __str__(self) -> str:
+        place = ("asleep in training" if self.sleep else "shared") if self.shared else "separate"
+        return f"{self.servers} × TP{self.tensor} {place}"
+
+
+def refusal(
+    architecture: Architecture, trainer: TrainerSide, work: Workload, gpus_per_node: int, name: str = "the model"
+) -> str | None:
+    """Why the trainer, Megatron-Core or its preflight checks would not accept the layout; None: they do."""
+    try:
+        check_layout(architecture, trainer.parallel(), name)
+    except UsageError as error:
+        return str(error)
+    if trainer.tensor * trainer.data % trainer.expert:
+        return f"parallel.expert={trainer.expert} does not divide tensor × data = {trainer.tensor * trainer.data}"
+    if trainer.tensor > gpus_per_node:
+        return f"parallel.tensor={trainer.tensor} is more than the {gpus_per_node} GPUs of a machine"
+    if work.prompts % trainer.data:
+        return f"prompts_per_step={work.prompts} is not a multiple of {trainer.data} data-parallel replicas"
+    rows = work.rows // trainer.data
+    if rows % work.minibatches or rows // work.minibatches % trainer.micro_batch:
+        return (
+            f"{rows} responses a replica are not whole micro-batches of {trainer.micro_batch} in {work.minibatches} "
+            "minibatches"
+        )
+    if trainer.chunks > 1 and rows // work.minibatches // trainer.micro_batch % trainer.pipeline:
+        return (
+            f"an interleaved pipeline needs a multiple of parallel.pipeline={trainer.pipeline} micro-batches, not "
+            f"{rows // work.minibatches // trainer.micro_batch}"
+        )
+    return None
+
+
+def rollout_refusal(architecture: Architecture, rollout: RolloutSide, gpus_per_node: int) -> str | None:
+    """Why vLLM would not accept the server's layout; None: it does."""
+    heads, groups = architecture.num_attention_heads, architecture.num_query_groups
+    if heads % rollout.tensor:
+        return f"rollout.tensor={rollout.tensor} does not divide {heads} attention heads"
+    if groups % rollout.tensor and rollout.tensor % groups:
+        return f"rollout.tensor={rollout.tensor} and {groups} key/value heads: neither divides the other"
+    ffn = architecture.expert_ffn_hidden_size or architecture.ffn_hidden_size
+    if ffn % rollout.tensor:
+        return f"rollout.tensor={rollout.tensor} does not divide the intermediate size {ffn}"
+    # vLLM pads the vocabulary to a multiple of 64 and splits that.
+    if 64 % rollout.tensor and -(-architecture.vocab_size // 64) * 64 % rollout.tensor:
+        return f"rollout.tensor={rollout.tensor} does not divide the padded vocabulary"
+    if rollout.tensor > gpus_per_node:
+        return f"rollout.tensor={rollout.tensor} is more than the {gpus_per_node} GPUs of a machine"
+    return None
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def trainer_sides(
+    architecture: Architecture, work: Workload, gpus: int, gpus_per_node: int
+) -> Iterator[tuple[TrainerSide, str | None]]:
+    """Every layout of the trainer over `gpus` GPUs that differs in a way that matters, and why it is refused.
+
+    Sizes that divide nothing of the model are left out; what is left may still be refused by others' rules.
+    """
+    experts = architecture.num_experts
+    for tensor in divisors(gpus):
+        if tensor > max(gpus_per_node, architecture.num_query_groups):
+            continue
+        for pipeline in divisors(gpus // tensor):
+            if pipeline > architecture.num_layers:
+                continue
+            data = gpus // tensor // pipeline
+            for chunks in _chunk_counts(architecture.num_layers, pipeline):
+                for expert in [n for n in divisors(tensor * data) if experts % n == 0] if experts else [1]:
+                    yield from _variants(architecture, work, gpus_per_node, tensor, pipeline, data, chunks, expert)
+
+
+def _chunk_counts(layers: int, pipeline: int) -> list[int]:
+    """No finer than one layer a chunk; more than eight chunks only cost messages."""
+    if pipeline == 1 or layers % pipeline:
+        return [1]
+    return [n for n in divisors(layers // pipeline) if n <= 8]
+
+
+def _variants(architecture, work, gpus_per_node, tensor, pipeline, data, chunks, expert):
+    make = functools.partial(TrainerSide, tensor, pipeline, data, chunks, expert)
+    for sequence in (False, True) if tensor > 1 else (False,):
+        for sharded in (False, True) if data > 1 else (False,):
+            for micro_batch in (1, 2, 4):
+                trainer = make(sequence, sharded, micro_batch=micro_batch)
+                reason = refusal(architecture, trainer, work, gpus_per_node)
+                if reason:
+                    yield trainer, reason
+                    continue
+                for recompute in ("none", "selective", "full"):
+                    for reference in ("device", "host") if work.reference else ("none",):
+                        yield make(sequence, sharded, recompute, reference, micro_batch), None
+
+
+def rollout_sides(
+    architecture: Architecture, gpus: int, gpus_per_node: int, shared: bool
+) -> Iterator[tuple[RolloutSide, str | None]]:
+    for tensor in divisors(gpus):
+        if tensor <= gpus_per_node:
+            rollout = RolloutSide(tensor, gpus // tensor, shared, shared and CAN_SLEEP)
+            yield rollout, rollout_refusal(architecture, rollout, gpus_per_node)

@@ -1,0 +1,300 @@
+"""Bytes of one GPU, item by item. Every formula of memory is here, with its source.
+
+[K]  Korthikanti et al. 2022, arXiv 2205.05198: activations, recomputation, pipeline stages (here with grouped queries,
+     SwiGLU and Megatron-Core's unfused element-wise operations, as this trainer runs them).
+[M]  Megatron-Core 0.16: param_and_grad_buffer.py (buffers), distrib_optimizer.py (shards), schedules.py (1F1B).
+[V]  vLLM 0.32: gpu_worker.py (memory), vocab_parallel_embedding.py and linear.py (shards).
+
+Letters: n tokens of a micro-batch, h hidden size, a heads, g query groups, d head dimension, f intermediate size, e
+bytes of an element, t tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_dgpo.planning.layout import TrainerSide, Workload
+from megatron_dgpo.planning.sizes import Sizes
+from megatron_dgpo.weights.resharding import VllmLayout, vllm_parameters, vllm_shape
+from megatron_dgpo.weights.slices import padded_vocab_size
+
+Kernels = Literal["fused", "composite"]
+"""How a norm is computed. fused: it keeps its input (Transformer Engine, or PyTorch on a GPU); composite: it keeps two
+float32 tensors of that size (PyTorch on a CPU)."""
+
+GIB = 2**30
+# Of what a device's total memory cannot be used for: the CUDA context with its kernels (0.5 GiB of the driver's, 0.5 of
+# cuBLAS, cuDNN and NCCL's kernels) and NCCL's channel buffers (4 MiB a channel and peer over a handful of groups).
+RUNTIME_BYTES = 2.0 * GIB
+# Blocks that PyTorch's allocator holds but cannot hand out.
+FRAGMENTATION = 0.04
+# A vLLM worker: context and NCCL as above, CUDA graphs of its piecewise compiled model (vLLM logs 0.5-1.5 GiB).
+GRAPH_BYTES = 1.0 * GIB
+# vLLM's --max-num-batched-tokens on GPUs of 80 GB and more, for an API server.
+PREFILL_TOKENS = 8192
+# statistics/vocab_parallel.py: bytes and rows of a tile of logits on a GPU.
+TILE_BYTES, TILE_ROWS = 64 * 2**20, 4096
+# rollout.bucket_bytes; both sides hold two.
+BUCKET_BYTES = 256 * 2**20
+
+
+# Static memory of the trainer
+
+
+@dataclass(frozen=True)
+class Static:
+    """Bytes of one rank of a pipeline stage, the largest over its data-parallel ranks."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    numel: int
+    """Parameters, without padding."""
+
+
+@functools.cache
+def static_memory(
+    sizes: Sizes, stage: int, tensor: int, pipeline: int, chunks: int, data: int, expert: int, sharded: bool, e: int
+) -> Static:
+    """Weights (e bytes), gradients (float32 buffers) and optimizer: a float32 master copy beside bfloat16 weights, and
+    Adam's two moments.
+
+    Sharded, buffers are padded and the optimizer has this rank's range of each bucket [M]; ranks of a stage differ by
+    padding only, and the largest is given. PyTorch's Adam also counts steps, 4 bytes for each tensor.
+    """
+    weights = gradients = total = 0
+    owned = [0] * (tensor * data)
+    for chunk in range(chunks):
+        shards = _chunk_shards(sizes, stage, chunk, tensor, pipeline, chunks, expert)
+        for of_expert in (False, True):
+            part = [(numel, shared) for numel, is_expert, shared in shards if is_expert == of_expert]
+            # Ranks of a stage are numbered tensor-parallel fastest; an expert's replicas are `expert` ranks apart.
+            apart = expert if of_expert else tensor
+            numel = sum(n for n, _ in part)
+            padded, shares = _buffer(part, tensor * data // apart) if sharded else (numel, None)
+            weights += padded * e
+            gradients += padded * 4
+            owned = [own + (shares[rank // apart] if shares else numel) for rank, own in enumerate(owned)]
+            total += numel
+    return Static(weights, gradients, max(owned) * (12 if e == 2 else 8), total)
+
+
+def _chunk_shards(sizes, stage, chunk, tensor, pipeline, chunks, expert) -> list[tuple[int, bool, bool]]:
+    """(elements, of an expert, a copy shared by first and last stage) of a model chunk's parameters, in order."""
+    first, last = stage == 0 and chunk == 0, stage == pipeline - 1 and chunk == chunks - 1
+    vocab = padded_vocab_size(sizes.vocab, tensor) // tensor * sizes.h
+    shared = sizes.tied and pipeline > 1
+    found = [(vocab, False, shared)] if first else []
+    layer = [(numel, of_expert, False) for numel, of_expert in sizes.layer_shards(tensor, expert)]
+    found += layer * (sizes.layers // (pipeline * chunks))
+    if last:
+        found.append((sizes.h, False, False))
+        # A tied head on the embedding's own stage is the embedding.
+        found += [(vocab, False, shared)] if shared or not sizes.tied else []
+    return found
+
+
+def _buffer(params: list[tuple[int, bool]], replicas: int) -> tuple[int, list[int]]:
+    """(padded elements, those that each replica's optimizer holds) of a buffer of (elements, shared) [M].
+
+    Parameters lie in reverse order, each at a multiple of 64; a shared embedding has a bucket of its own; buckets end
+    at a multiple of 128 and of the replicas; each replica owns an equal range of every bucket.
+    """
+    buckets: list[list[int]] = [[]]
+    for numel, shared in reversed(params):
+        if shared and buckets[-1]:
+            buckets.append([])
+        buckets[-1].append(numel)
+        if shared:
+            buckets.append([])
+    total, owned = 0, [0] * replicas
+    for bucket in filter(None, buckets):
+        spans, end = [], 0
+        for numel in bucket:
+            start = -(-end // 64) * 64
+            end = start + numel
+            if spans and spans[-1][1] == start:
+                spans[-1][1] = end
+            else:
+                spans.append([start, end])
+        size = -(-end // math.lcm(replicas, 128)) * math.lcm(replicas, 128)
+        total, share = total + size, size // replicas
+        for rank in range(replicas):
+            owned[rank] += sum(
+                max(0, min(stop, (rank + 1) * share) - max(start, rank * share)) for start, stop in spans
+            )
+    return total, owned
+
+
+# Activations
+
+
+def layer_activations(
+    sizes: Sizes, rows: int, length: int, trainer: TrainerSide, e: int, kernels: Kernels = "fused"
+) -> float:
+    """Bytes that one decoder layer keeps for its backward pass without full recomputation ([K], equations 1-4).
+
+    rows × length: one micro-batch. Tensor parallelism divides heads and intermediate size, sequence parallelism the
+    norms' tensors. Counted tensor by tensor as autograd keeps them (tests/planning/test_activations.py). Experts get
+    equal shares of the tokens: routing that is uneven needs more.
+    """
+    t, h, d = trainer.tensor, sizes.h, sizes.d
+    n = rows * length
+    mine = n / t if trainer.sequence else n
+    queries, keys = n * sizes.a / t * d, n * sizes.g / t * d
+    total = 2 * _norm(mine * h, mine, e, kernels) + 2 * e * mine * h
+    # Queries, keys and values as projected; queries and keys after rotation, with its cosines and sines; the output.
+    total += e * (queries + 2 * keys) + e * (queries + keys) + 4 * length * d * e + e * queries
+    if sizes.qk_norm:
+        # The keys' input is a view of the projection; so are the queries' where they lie together.
+        is_view = kernels == "fused" or e == 4
+        views = is_view * e * (keys + (queries if sizes.a == sizes.g or sizes.g == t else 0))
+        total += _norm(queries, n * sizes.a / t, e, kernels) + _norm(keys, n * sizes.g / t, e, kernels) - views
+    if trainer.recompute != "selective":
+        total += 4 * n * sizes.a / t  # the softmax's log-sum-exp: FlashAttention keeps no S × S matrix
+    if not sizes.experts:
+        # fc1's output 2f, silu 1f, the other factor plus its offset 1f, their product 1f.
+        return total + 5 * e * n * sizes.f / t
+    routed = mine * sizes.top_k
+    # Router: its input and logits in float32. An expert's input, fc1 to product as above, the product times its weight.
+    return total + 4 * mine * (h + 3 * sizes.experts) + e * routed * (h + 6 * sizes.f)
+
+
+def chunk_activations(
+    sizes: Sizes, layers: int, rows: int, length: int, trainer: TrainerSide, e: int, kernels: Kernels = "fused"
+) -> float:
+    """Bytes that one micro-batch leaves in `layers` layers; fully recomputed, each keeps its input ([K], §4.1) and all
+    keep the rotary angles."""
+    if trainer.recompute != "full":
+        return layers * layer_activations(sizes, rows, length, trainer, e, kernels)
+    mine = rows * length / (trainer.tensor if trainer.sequence else 1)
+    return layers * e * mine * sizes.h + 4 * length * sizes.d
+
+
+def _norm(numel: float, rows: float, e: int, kernels: Kernels) -> float:
+    """Bytes that an RMSNorm of rows keeps, its output left out."""
+    return (e if kernels == "fused" else 8) * numel + 4 * rows
+
+
+def in_flight(stage: int, trainer: TrainerSide, micro_batches: int) -> int:
+    """Largest number of (micro-batch, model chunk) pairs whose activations a stage holds: 1F1B's warm-up and one ([K],
+    §4.2.3; [M])."""
+    p, v = trainer.pipeline, trainer.chunks
+    if p == 1:
+        return 1
+    warm_up = p - stage - 1 if v == 1 else (p - stage - 1) * 2 + (v - 1) * p
+    return min(warm_up, micro_batches * v) + (1 if micro_batches * v > warm_up else 0)
+
+
+def activations(
+    sizes: Sizes, work: Workload, trainer: TrainerSide, stage: int, kernels: Kernels = "fused"
+) -> dict[str, float]:
+    """Bytes by item of one rank in a training step, beside static memory."""
+    e, h, t = work.element_bytes, sizes.h, trainer.tensor
+    n = trainer.micro_batch * work.row_tokens
+    mine = n / t if trainer.sequence else n
+    per_chunk = sizes.layers // (trainer.pipeline * trainer.chunks)
+    micro_batch = trainer.micro_batch, work.row_tokens, trainer, e, kernels
+    kept = chunk_activations(sizes, per_chunk, *micro_batch)
+    # What backward recomputes of one layer.
+    again = layer_activations(sizes, *micro_batch) if trainer.recompute == "full" else 0
+    pairs = in_flight(stage, trainer, micro_batches(work, trainer))
+    vocab = padded_vocab_size(sizes.vocab, t) // t
+    # Backward of SwiGLU: gradients of all it kept; of the layer's input and output; one weight's before it is added to
+    # the float32 buffer (gradient_accumulation_fusion is off).
+    widest = n * sizes.f / t if not sizes.experts else mine * sizes.top_k * sizes.f
+    weight = max(2 * sizes.f * h // (1 if sizes.experts else t), vocab * h if stage == 0 else 0)
+    items = {
+        "activations": pairs * kept + again,
+        "backward's temporaries": e * (5 * widest + 3 * n * h + weight),
+        "pipeline messages": 4 * e * mine * h if trainer.pipeline > 1 else 0.0,
+        "weight buckets": 2.0 * BUCKET_BYTES,
+    }
+    if stage == trainer.pipeline - 1:
+        responses = (
+            trainer.micro_batch * work.response_tokens
+            if not work.padded
+            else trainer.micro_batch * (work.max_response_tokens)
+        )
+        # Final norm, states gathered over tensor-parallel ranks and packed, their gradient.
+        items["activations"] += _norm(mine * h, mine, e, kernels) + e * (n + responses) * h
+        # Two tiles of logits, sums of float32 over a tile's rows, the hidden states' gradient, 8 sums a token.
+        items["loss chunk"] = 2 * TILE_BYTES + 4 * TILE_ROWS * h + responses * (e * h + 8 * 4 * (t + 1))
+        if work.reference:
+            # reference.py keeps the packed final states of the whole step, the same on every tensor-parallel rank.
+            items["reference's states"] = work.rows // trainer.data * work.response_tokens * h * e
+    return items
+
+
+def reference_weights(sizes: Sizes, trainer: TrainerSide, stage: int, e: int) -> float:
+    """Bytes on the GPU while the policy trains: all, or offloaded only the head that the loss needs."""
+    if trainer.reference == "none":
+        return 0
+    if trainer.reference == "host":
+        vocab = padded_vocab_size(sizes.vocab, trainer.tensor) // trainer.tensor
+        return vocab * sizes.h * e if stage == trainer.pipeline - 1 else 0
+    shape = trainer.tensor, trainer.pipeline, trainer.chunks, trainer.data, trainer.expert
+    return static_memory(sizes, stage, *shape, False, e).weights
+
+
+def micro_batches(work: Workload, trainer: TrainerSide) -> int:
+    """Of one optimizer step on one replica."""
+    return work.rows // trainer.data // work.minibatches // trainer.micro_batch
+
+
+def trainer_memory(sizes: Sizes, work: Workload, trainer: TrainerSide, stage: int) -> dict[str, float]:
+    """Bytes by item of one GPU of a pipeline stage at its peak, in the update."""
+    shape = trainer.tensor, trainer.pipeline, trainer.chunks, trainer.data, trainer.expert
+    static = static_memory(sizes, stage, *shape, trainer.distributed_optimizer, work.element_bytes)
+    items = {
+        "weights": float(static.weights),
+        "gradients": float(static.gradients),
+        "optimizer": float(static.optimizer),
+        "reference": float(reference_weights(sizes, trainer, stage, work.element_bytes)),
+        **activations(sizes, work, trainer, stage),
+    }
+    items["fragmentation"] = FRAGMENTATION * sum(items.values())
+    items["CUDA and NCCL"] = RUNTIME_BYTES
+    return items
+
+
+def resident(items: dict[str, float]) -> float:
+    """Bytes that a GPU of `trainer_memory` keeps while servers sample: the rest goes when its step is over."""
+    kept = sum(items[name] for name in ("weights", "gradients", "optimizer", "reference"))
+    return (1 + FRAGMENTATION) * kept + items["CUDA and NCCL"]
+
+
+# Memory of vLLM
+
+# What a sleeping worker keeps of its GPU (level 1: weights go to the host, the cache is dropped).
+ASLEEP_BYTES = GRAPH_BYTES + RUNTIME_BYTES
+
+
+@functools.cache
+def vllm_weights(sizes: Sizes, tensor: int) -> int:
+    """Bytes of one worker's bfloat16 weights [V]; key and value heads are copied where workers outnumber them."""
+    architecture, layout = sizes.architecture, VllmLayout(tensor, 1)
+    parameters = vllm_parameters(architecture).values()
+    return 2 * sum(math.prod(vllm_shape(architecture, parameter, layout)) for parameter in parameters)
+
+
+def vllm_kv_bytes(sizes: Sizes, tensor: int) -> float:
+    """Of one token in one worker's cache."""
+    return sizes.kv_bytes / sizes.g * max(1.0, sizes.g / tensor)
+
+
+def vllm_fixed(sizes: Sizes, work: Workload, tensor: int, sequences: int) -> dict[str, float]:
+    """Bytes by item of one worker, its cache left out."""
+    # vLLM's profiling run: a prefill's widest layer, and float32 logits of all sequences with the sampler's copies.
+    prefill = 2 * PREFILL_TOKENS * (3 * sizes.f * (sizes.top_k or 1) / tensor + 4 * sizes.h)
+    logits = 4 * 3 * sequences * sizes.vocab
+    return {
+        "vLLM weights": float(vllm_weights(sizes, tensor)),
+        "vLLM workspace": float(max(prefill, logits)),
+        "vLLM CUDA graphs": GRAPH_BYTES,
+        "vLLM weight buckets": 2.0 * BUCKET_BYTES,
+        "CUDA and NCCL": RUNTIME_BYTES,
+    }

@@ -1,0 +1,162 @@
+"""Step times that others published, beside what the formulas say for the same layout.
+
+Training: Korthikanti et al. 2022 (arXiv 2205.05198), tables 3 and 5, A100; GELU layers, here as SwiGLU of as many
+operations. Mixture: Megatron-Bridge, docs/performance-summary.md, H100, bfloat16. RL: NeMo-RL v0.5,
+docs/about/performance-summary.md and its recipes at that tag, H100, bfloat16, GRPO with a
+reference, 2,048 responses in four optimizer steps; lengths are their measured means. Rows with context parallelism or
+asynchronous sampling are left out: this trainer has neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_dgpo.planning import step_time
+from megatron_dgpo.planning.hardware import GPUS
+from megatron_dgpo.planning.layout import RolloutSide, TrainerSide, Workload
+from megatron_dgpo.planning.plan import Planner
+from megatron_dgpo.planning.sizes import Sizes
+from megatron_dgpo.planning.step_time import Cluster
+from megatron_dgpo.weights.architectures import Architecture
+
+# policy.generation.vllm_cfg.gpu_memory_utilization of NeMo-RL's recipes; training's memory is moved away meanwhile.
+_NEMO_FRACTION = 0.6
+# OpenMathInstruct-2's prompts in NeMo-RL's template; published lengths include them.
+_NEMO_PROMPT = 150
+
+
+@dataclass(frozen=True)
+class Published:
+    name: str
+    seconds: float
+    predict: Callable[[], float]
+
+    @property
+    def error(self) -> float:
+        """Predicted over published, less one."""
+        return self.predict() / self.seconds - 1
+
+
+def _model(layers, hidden, ffn, heads, groups, vocab, head_dim=128, qk_norm=False, experts=(0, 0, 0)) -> Sizes:
+    number, top_k, expert_ffn = experts
+    return Sizes(
+        Architecture(
+            family="published",
+            num_layers=layers,
+            hidden_size=hidden,
+            ffn_hidden_size=ffn,
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            head_dim=head_dim,
+            vocab_size=vocab,
+            tied_embeddings=False,
+            qkv_bias=False,
+            qk_norm=qk_norm,
+            norm_eps=1e-6,
+            rope_theta=1e6,
+            rope_scaling=None,
+            max_positions=40960,
+            sliding_window=None,
+            num_experts=number,
+            experts_per_token=top_k,
+            expert_ffn_hidden_size=expert_ffn,
+        )
+    )
+
+
+def _training(name, layers, hidden, heads, pipeline, chunks, batch, micro_batch, full, selective) -> list[Published]:
+    """[K] at TP 8 and DP 1: everything recomputed without, and attention with sequence parallelism."""
+    found = []
+    for recompute, sequence, seconds in (("full", False, full), ("selective", True, selective)):
+
+        def predict(recompute=recompute, sequence=sequence) -> float:
+            sizes = _model(layers, hidden, hidden * 8 // 3, heads, heads, 51200, hidden // heads)
+            work = Workload(batch, 1, 1, 2047, 1, 2047, reference=False)
+            side = TrainerSide(
+                8,
+                pipeline,
+                1,
+                chunks,
+                sequence=sequence,
+                recompute=recompute,
+                reference="none",
+                micro_batch=micro_batch,
+            )
+            return step_time.update_time(sizes, work, side, Cluster(GPUS["a100"], 8)).total
+
+        found.append(Published(f"Megatron {name}, {8 * pipeline} A100, recompute={recompute}", seconds, predict))
+    return found
+
+
+def _gpt_oss() -> float:
+    """Windows of attention in every other layer are left out: 4,096 tokens make little of them."""
+    sizes = _model(36, 2880, 2880, 64, 8, 201088, 64, experts=(128, 4, 2880))
+    side = TrainerSide(1, 4, 16, expert=8, distributed_optimizer=True, reference="none")
+    work = Workload(1280, 1, 1, 4095, 1, 4095, reference=False)
+    return step_time.update_time(sizes, work, side, Cluster(GPUS["h100"], 8)).total
+
+
+def _nemo(name, sizes, gpus, mean, trainer, vllm_tensor, seconds, padded=False) -> Published:
+    def predict() -> float:
+        work = Workload(64, 32, _NEMO_PROMPT, mean - _NEMO_PROMPT, 200, 3896, minibatches=4, padded=padded)
+        planner = Planner(sizes(), work, Cluster(GPUS["h100"], 8))
+        rollout = RolloutSide(vllm_tensor, gpus // vllm_tensor, shared=True)
+        server = planner.server(rollout, _NEMO_FRACTION)
+        return sum(phase.total for phase in planner.phases(trainer, rollout, server).values())
+
+    return Published(f"NeMo-RL {name}, {gpus} H100", seconds, predict)
+
+
+PUBLISHED = [
+    *_training("22B", 48, 6144, 64, 1, 1, 4, 4, 1.42, 1.10),
+    *_training("175B", 96, 12288, 96, 8, 3, 64, 1, 18.13, 13.75),
+    *_training("530B", 105, 20480, 128, 35, 3, 280, 1, 49.05, 37.83),
+    *_training("1T", 128, 25600, 160, 64, 1, 512, 1, 94.42, 71.49),
+    # 5,810 tokens/s/GPU, 1,280 rows of 4,096 tokens.
+    Published("Megatron-Bridge GPT-OSS 120B, 64 H100", 1280 * 4096 / 64 / 5810, _gpt_oss),
+    _nemo(
+        "Llama-3.1-8B",
+        lambda: _model(32, 4096, 14336, 32, 8, 128256),
+        16,
+        1019,
+        TrainerSide(1, 2, 8, distributed_optimizer=True, recompute="full", micro_batch=4),
+        1,
+        92.8,
+    ),
+    _nemo(
+        "Qwen3-32B",
+        lambda: _model(64, 5120, 25600, 64, 8, 151936, qk_norm=True),
+        32,
+        3251,
+        TrainerSide(4, 4, 2, sequence=True, distributed_optimizer=True),
+        4,
+        376,
+        # With a pipeline its packs are padded to 4,096 tokens, into which two such responses do not go.
+        padded=True,
+    ),
+    _nemo(
+        "Qwen3-30B-A3B",
+        lambda: _model(48, 2048, 6144, 32, 4, 151936, qk_norm=True, experts=(128, 8, 768)),
+        32,
+        3196,
+        TrainerSide(1, 1, 32, expert=8, distributed_optimizer=True),
+        2,
+        198,
+    ),
+]
+
+
+def print_comparison(console: Console) -> None:
+    table = Table(title="Step times", title_justify="left")
+    table.add_column("what")
+    for name in ("published s", "predicted s", "error"):
+        table.add_column(name, justify="right")
+    for row in PUBLISHED:
+        table.add_row(row.name, f"{row.seconds:.2f}", f"{row.predict():.2f}", f"{row.error:+.0%}")
+    console.print(table)
+    mean = sum(abs(row.error) for row in PUBLISHED) / len(PUBLISHED)
+    console.print(f"mean absolute error {mean:.0%}; the same efficiencies for every row (step_time.py)")

@@ -1,0 +1,270 @@
+"""Seconds of one training step, phase by phase. Every formula of time is here, with its source.
+
+[K]  Korthikanti et al. 2022, arXiv 2205.05198: operations and traffic of a layer, recomputation.
+[N]  Narayanan et al. 2021, arXiv 2104.04473: pipeline bubble, data-parallel traffic.
+[P]  Pope et al. 2022, arXiv 2211.05102: decoding reads all weights and the cache once a token.
+[D]  megatron_dgpo/statistics/vocab_parallel.py: the loss's products.
+
+A phase is a sum of computing, reading memory and communicating, none hidden behind another, as this trainer runs them;
+its bound is the largest of these. Grading, batching and checkpoints are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dgpo.planning import memory
+from megatron_dgpo.planning.hardware import Gpu
+from megatron_dgpo.planning.layout import RolloutSide, TrainerSide, Workload
+from megatron_dgpo.planning.sizes import Sizes
+
+# Shares of the data sheet's rates that large operations reach, the same for every model, GPU and layout.
+GEMM = 0.65  # bfloat16 matrix products inside a model (cuBLAS alone: 0.7 of an H100's, 0.8 of an A100's)
+GROUPED_GEMM = 0.30  # experts' products: fewer rows each, uneven between experts
+ATTENTION = 0.45  # FlashAttention-2 and cuDNN, causal, forward and backward
+MEMORY = 0.80  # element-wise kernels, optimizer
+NETWORK = 0.75  # NCCL rings over NVLink and InfiniBand
+DECODE_MEMORY = 0.65  # vLLM's decode kernels: small products, paged attention
+COLLECTIVE_S = 12e-6  # latency of one small all-reduce on a machine
+KERNEL_GAP_S = 25e-6  # launches and gaps of one decoder layer in a CUDA graph
+STEP_S = 2e-3  # vLLM's scheduler, sampler and detokeniser for one token of all sequences
+PCIE = 50e9  # bytes/s from pinned host memory, generation 5 × 16
+SYNC_S = 0.5  # pause, cache reset, resume and checks around a weight update
+# Points at which the shrinking batch of a rollout is evaluated.
+_POINTS = 64
+
+
+@dataclass(frozen=True)
+class Seconds:
+    compute: float = 0.0
+    memory: float = 0.0
+    network: float = 0.0
+    bubble: float = 0.0
+    """Waiting for other pipeline stages."""
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(
+            self.compute + other.compute,
+            self.memory + other.memory,
+            self.network + other.network,
+            self.bubble + other.bubble,
+        )
+
+    def __mul__(self, factor: float) -> Seconds:
+        return Seconds(self.compute * factor, self.memory * factor, self.network * factor, self.bubble * factor)
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.memory + self.network + self.bubble
+
+    @property
+    def bound(self) -> str:
+        parts = {"compute": self.compute, "memory": self.memory, "network": self.network, "pipeline": self.bubble}
+        return max(parts, key=parts.get)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    gpu: Gpu
+    gpus_per_node: int
+
+    def bandwidth(self, reach: int) -> float:
+        """Of one GPU in a collective over `reach` consecutive ranks: the machine's, or the network's beyond one."""
+        raw = self.gpu.node_bandwidth if reach <= self.gpus_per_node else self.gpu.network_bandwidth
+        return raw * NETWORK
+
+
+def layer_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster, backward: bool) -> Seconds:
+    """One decoder layer's forward or backward pass for one micro-batch on one rank ([K], appendix A and §4.2)."""
+    t, h, e = trainer.tensor, sizes.h, work.element_bytes
+    n = trainer.micro_batch * work.row_tokens
+    mine, gpu = n / t, cluster.gpu
+    # Multiplications and additions: 2 a weight and token; attention meets half of the positions before it.
+    attention = 2 * 2 * n * work.row_tokens / 2 * sizes.a * sizes.d / t
+    products = 2 * n * sizes.attention_weights / t / (gpu.flops * GEMM)
+    products += 2 * n * sizes.active_mlp_weights / t / (gpu.flops * (GROUPED_GEMM if sizes.experts else GEMM))
+    # FlashAttention's backward pass has five products for two.
+    compute = products * (2 if backward else 1) + attention * (2.5 if backward else 1) / (gpu.flops * ATTENTION)
+    # Reads and writes of unfused kernels: two norms and two residual sums on h, rotation of queries and keys (8),
+    # SwiGLU in three kernels (7); experts' tokens are permuted twice and weighted. Backward does twice as many.
+    split = mine if trainer.sequence else n
+    touched = 10 * split * h + 8 * n * (sizes.a + sizes.g) * sizes.d / t
+    touched += (mine * sizes.top_k * (11 * sizes.f + 8 * h)) if sizes.experts else 7 * n * sizes.f / t
+    reading = e * touched * (2 if backward else 1) / (gpu.memory_bandwidth * MEMORY)
+    # Two all-reduces, or two pairs of all-gather and reduce-scatter; with sequence parallelism backward gathers the
+    # inputs of both column-parallel layers again [K, §4.2.2]. A mixture has them around attention only.
+    rings = (2 if not sizes.experts else 1) * 2 * (1 + (0.5 if backward and trainer.sequence else 0))
+    network = rings * e * n * h * (t - 1) / t / cluster.bandwidth(t)
+    if trainer.expert > 1:
+        reach = trainer.expert
+        away = (reach - 1) / reach
+        network += 2 * e * mine * sizes.top_k * h * away / cluster.bandwidth(reach)
+    return Seconds(compute, reading, network)
+
+
+def head_time(
+    sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster, policy: bool, reference: bool, backward: bool
+) -> Seconds:
+    """The loss's logits of one micro-batch [D]: 2·h·V a token for each model, and 6·h·V in backward, where the policy's
+    are made again; each product's float32 tile is written and read."""
+    tokens = trainer.micro_batch * work.response_tokens
+    models = policy + reference
+    columns = sizes.vocab / trainer.tensor
+    operations = tokens * sizes.h * columns * (2 * models + 6 * backward)
+    touched = tokens * columns * (8 * models + 14 * backward)
+    gpu = cluster.gpu
+    return Seconds(operations / (gpu.flops * GEMM), touched / (gpu.memory_bandwidth * MEMORY))
+
+
+def pipeline_time(micro_batch: Seconds, last: Seconds, trainer: TrainerSide, count: int, message: float) -> Seconds:
+    """`count` micro-batches through all stages: the last, with the head, is the slowest; it waits for the others' ramp,
+    divided by the model chunks of a stage ([N], §2.2). message: seconds of one transfer."""
+    busy = (micro_batch + last) * count
+    p, v = trainer.pipeline, trainer.chunks
+    ramp = (p - 1) / v * micro_batch.total
+    transfers = message * v * (count + p - 1) if p > 1 else 0.0
+    return busy + Seconds(network=transfers, bubble=ramp)
+
+
+def _message(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster) -> float:
+    n = trainer.micro_batch * work.row_tokens
+    share = trainer.tensor if trainer.sequence else 1
+    # The next stage is tensor × data ranks away.
+    away = trainer.tensor * trainer.data >= cluster.gpus_per_node
+    return work.element_bytes * n / share * sizes.h / cluster.bandwidth(cluster.gpus_per_node + 1 if away else 1)
+
+
+def forward_time(
+    sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster, head: Seconds | None = None
+) -> Seconds:
+    """All rows of a step through the pipeline without gradients."""
+    layers = sizes.layers / trainer.pipeline
+    stage = layer_time(sizes, work, trainer, cluster, False) * layers
+    count = memory.micro_batches(work, trainer) * work.minibatches
+    return pipeline_time(stage, head or Seconds(), trainer, count, _message(sizes, work, trainer, cluster))
+
+
+def reference_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster) -> Seconds:
+    """Hidden states of all rows; offloaded weights come over PCIe first."""
+    if not work.reference:
+        return Seconds()
+    loading = 0.0
+    if trainer.reference == "host":
+        shape = trainer.tensor, trainer.pipeline, trainer.chunks, trainer.data, trainer.expert
+        loading = memory.static_memory(sizes, 0, *shape, False, work.element_bytes).weights / PCIE
+    return forward_time(sizes, work, trainer, cluster) + Seconds(memory=loading)
+
+
+def old_logprobs_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster) -> Seconds:
+    """The policy before its first update; with one minibatch the update's own forward pass serves."""
+    if work.minibatches == 1:
+        return Seconds()
+    head = head_time(sizes, work, trainer, cluster, True, work.reference, False)
+    return forward_time(sizes, work, trainer, cluster, head)
+
+
+def update_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster) -> Seconds:
+    """Forward, backward, recomputation, gradient reduction and optimizer, of all minibatches."""
+    forward = layer_time(sizes, work, trainer, cluster, False)
+    layer = forward + layer_time(sizes, work, trainer, cluster, True)
+    if trainer.recompute == "full":
+        layer += forward
+    elif trainer.recompute == "selective":
+        # Attention's core once more.
+        n = trainer.micro_batch * work.row_tokens
+        core = 2 * n * work.row_tokens * sizes.a * sizes.d / trainer.tensor
+        layer += Seconds(core / (cluster.gpu.flops * ATTENTION))
+    stage = layer * (sizes.layers / trainer.pipeline)
+    head = head_time(sizes, work, trainer, cluster, True, work.reference, True)
+    count = memory.micro_batches(work, trainer)
+    message = 2 * _message(sizes, work, trainer, cluster)
+    one = pipeline_time(stage, head, trainer, count, message) + optimizer_time(sizes, work, trainer, cluster)
+    return one * work.minibatches
+
+
+def optimizer_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster) -> Seconds:
+    """Reduction of float32 gradients over replicas, not overlapped (all-reduce, or reduce-scatter and all-gather of the
+    weights), then Adam: gradients, master weights and moments read, all but the first written."""
+    shape = trainer.tensor, trainer.pipeline, trainer.chunks, trainer.data, trainer.expert
+    static = memory.static_memory(sizes, 0, *shape, trainer.distributed_optimizer, work.element_bytes)
+    ways = (trainer.data - 1) / trainer.data
+    traffic = ways * (static.gradients + static.weights if trainer.distributed_optimizer else 2 * static.gradients)
+    # Several tensor-parallel ranks of a machine each run their own ring: every one has its own network card.
+    network = traffic / cluster.bandwidth(trainer.tensor * trainer.data)
+    touched = static.optimizer * 2 + static.gradients * 3
+    return Seconds(memory=touched / (cluster.gpu.memory_bandwidth * MEMORY), network=network)
+
+
+def decode_time(sizes: Sizes, rollout: RolloutSide, cluster: Cluster, batch: float, context: float) -> Seconds:
+    """One token of every sequence on one server [P]: reading weights and cache, or computing, whichever is longer."""
+    t, gpu = rollout.tensor, cluster.gpu
+    weights = memory.vllm_weights(sizes, t)
+    touched_share = 1.0
+    if sizes.experts:
+        # Experts that none of the batch's tokens is routed to are not read.
+        touched = 1 - (1 - sizes.top_k / sizes.experts) ** max(batch, 1)
+        experts = 2 * sizes.layers * sizes.experts * 3 * sizes.h * sizes.f / t
+        touched_share = (weights - experts * (1 - touched)) / weights
+    cache = batch * context * memory.vllm_kv_bytes(sizes, t)
+    reading = (weights * touched_share + cache) / (gpu.memory_bandwidth * DECODE_MEMORY)
+    # Logits and the sampler's passes over them: softmax, log-probs, draw.
+    sampling = 8 * 4 * batch * sizes.vocab / t / (gpu.memory_bandwidth * MEMORY)
+    active = sizes.layers * (sizes.attention_weights + sizes.active_mlp_weights) + sizes.vocab * sizes.h
+    computing = 2 * batch * active / t / (gpu.flops * GEMM)
+    network = 0.0
+    if t > 1:
+        volume = 2 * 2 * batch * sizes.h * (t - 1) / t / cluster.bandwidth(t)
+        latency = COLLECTIVE_S if t <= cluster.gpus_per_node else 4 * COLLECTIVE_S
+        network = 2 * sizes.layers * (latency + volume)
+    gaps = sizes.layers * KERNEL_GAP_S + STEP_S
+    if computing > reading:
+        return Seconds(compute=computing, memory=sampling + gaps, network=network)
+    return Seconds(memory=reading + sampling + gaps, network=network)
+
+
+def rollout_time(
+    sizes: Sizes, work: Workload, rollout: RolloutSide, cluster: Cluster, concurrent: int
+) -> tuple[Seconds, Seconds]:
+    """(prefill, decoding) of a step's responses, spread evenly over servers that decode `concurrent` sequences at once.
+
+    Lengths of responses are such that the share still running after k of R tokens is 1 − (k/R)^c, with c set by their
+    mean. While more wait, a server's batch is full; the last batch then shrinks to its longest response (the tail). A
+    group's prompt is computed once (prefix caching).
+    """
+    if concurrent < 1:
+        raise ValueError("a server needs room for one sequence")
+    sequences = work.rows / rollout.servers
+    prompts = max(1.0, work.prompts / rollout.servers) * work.prompt_tokens
+    active = sizes.layers * (sizes.attention_weights + sizes.active_mlp_weights)
+    gpu, t = cluster.gpu, rollout.tensor
+    prefill = Seconds(2 * prompts * active / t / (gpu.flops * GEMM))
+    if t > 1:
+        prefill += Seconds(network=2 * sizes.layers * 2 * 2 * prompts * sizes.h * (t - 1) / t / cluster.bandwidth(t))
+    mean, longest = work.response_tokens, work.max_response_tokens
+    batch = min(sequences, concurrent)
+    decoding = Seconds()
+    if sequences > batch:
+        steps = (sequences - batch) * mean / batch
+        decoding += decode_time(sizes, rollout, cluster, batch, work.prompt_tokens + mean / 2) * steps
+    shape = mean / (longest - mean) if longest > mean else None
+    for point in range(_POINTS):
+        done = (point + 0.5) / _POINTS
+        alive = 1.0 if shape is None else 1 - done**shape
+        at = decode_time(sizes, rollout, cluster, max(1.0, batch * alive), work.prompt_tokens + done * longest)
+        decoding += at * (longest / _POINTS)
+    return prefill, decoding
+
+
+def sync_time(sizes: Sizes, trainer: TrainerSide, rollout: RolloutSide, cluster: Cluster) -> Seconds:
+    """New weights to all servers. separate (`shards`): every worker gets its own shard once, all ranks send; shared
+    (`ipc`): tensors are gathered on every trainer rank and read there; a sleeping server's old ones go to the host and
+    come back."""
+    model = 2 * sizes.parameters
+    if rollout.shared:
+        gathered = model / cluster.bandwidth(trainer.tensor * trainer.data * trainer.pipeline)
+        moved = 2 * memory.vllm_weights(sizes, rollout.tensor) / PCIE if rollout.sleep else 0.0
+        return Seconds(network=SYNC_S + gathered, memory=moved + 2 * model / (cluster.gpu.memory_bandwidth * MEMORY))
+    received = memory.vllm_weights(sizes, rollout.tensor)
+    sent = model * rollout.servers / trainer.gpus
+    everything = trainer.gpus + rollout.gpus
+    return Seconds(network=SYNC_S + max(received, sent) / cluster.bandwidth(everything))

@@ -1,0 +1,75 @@
+"""The search: what it lists is consistent, and what it chooses is the best of it."""
+
+import pytest
+
+from megatron_dgpo.planning import layout
+from megatron_dgpo.planning.hardware import GPUS
+from megatron_dgpo.planning.layout import RolloutSide, TrainerSide, Workload
+from megatron_dgpo.planning.plan import EQUAL, Planner, choose
+from megatron_dgpo.planning.sizes import Sizes
+from megatron_dgpo.planning.step_time import Cluster, rollout_time, update_time
+from megatron_dgpo.weights.architectures import Architecture
+
+SEVEN = Architecture("qwen2", 28, 3584, 18944, 28, 4, 128, 152064, False, True, False, 1e-6, 1e6, None, 131072, None)
+WORK = Workload(64, 8, 200, 900, 512, 3072)
+H100 = Cluster(GPUS["h100"], 8)
+
+
+@pytest.fixture(scope="module")
+def plans():
+    return Planner(Sizes(SEVEN), WORK, H100).search(8)
+
+
+def test_what_runs_fits_and_what_does_not_says_why(plans):
+    running = [plan for plan in plans if plan.problem is None]
+    assert running and len(running) < len(plans)
+    for plan in running:
+        assert plan.gpus == 8
+        for stage in range(plan.trainer.pipeline):
+            assert max(plan.peaks(stage).values()) <= H100.gpu.memory_bytes
+        assert plan.server.concurrent >= 1 and plan.step_s > 0
+    assert {plan.rollout.shared for plan in running} == {True, False}
+
+
+def test_the_chosen_is_as_fast_as_any(plans):
+    chosen = choose(plans, H100)
+    assert chosen.step_s <= EQUAL * min(plan.step_s for plan in plans if plan.problem is None)
+    assert choose([plan for plan in plans if plan.problem], H100) is None
+
+
+def test_sleeping_servers_leave_room_for_both(monkeypatch, plans):
+    """Neither phase needs more than the GPU, and the server's cache is larger than beside a trainer that stays."""
+    monkeypatch.setattr(layout, "CAN_SLEEP", True)
+    asleep = {str(p.trainer): p for p in Planner(Sizes(SEVEN), WORK, H100).search(8, ("shared",)) if not p.problem}
+    awake = {str(p.trainer): p for p in plans if p.rollout and p.rollout.shared and not p.problem}
+    both = set(asleep) & set(awake)
+    assert len(both) > 20
+    for name in both:
+        assert asleep[name].rollout.sleep
+        assert asleep[name].server.fraction >= awake[name].server.fraction
+        for stage in range(asleep[name].trainer.pipeline):
+            assert max(asleep[name].peaks(stage).values()) <= H100.gpu.memory_bytes
+
+
+def test_time_follows_its_causes():
+    sizes, side = Sizes(SEVEN), TrainerSide(2, 2, 2, sequence=True)
+    base = update_time(sizes, WORK, side, H100)
+    # Twice the prompts are twice the micro-batches, but for ramp and optimizer.
+    twice = update_time(sizes, Workload(128, 8, 200, 900, 512, 3072), side, H100)
+    assert 1.8 < twice.total / base.total < 2.0
+    assert update_time(sizes, WORK, TrainerSide(2, 2, 2, sequence=True, recompute="full"), H100).total > base.total
+    # Interleaving divides the ramp, with more messages.
+    interleaved = update_time(sizes, WORK, TrainerSide(2, 2, 2, 2, sequence=True), H100)
+    assert interleaved.bubble == pytest.approx(base.bubble / 2) and interleaved.network > base.network
+    # Tensor parallelism across machines goes over the network.
+    far = update_time(sizes, WORK, side, Cluster(GPUS["h100"], 1))
+    assert far.network > 5 * base.network
+
+
+def test_decoding_is_bound_by_memory_until_the_batch_is_large():
+    sizes, rollout = Sizes(SEVEN), RolloutSide(1, 4, False)
+    _, few = rollout_time(sizes, WORK, rollout, H100, 16)
+    _, many = rollout_time(sizes, WORK, rollout, H100, 128)
+    assert few.bound == "memory" and few.total > 2 * many.total
+    with pytest.raises(ValueError):
+        rollout_time(sizes, WORK, rollout, H100, 0)

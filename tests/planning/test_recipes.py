@@ -1,0 +1,72 @@
+"""The cluster recipes: settings, model and plan belong together, and all fit."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megatron_dgpo.config import load_config
+from megatron_dgpo.planning.hardware import GPUS
+from megatron_dgpo.planning.layout import refusal, rollout_refusal
+from megatron_dgpo.planning.plan import Planner, sides_of, workload_of
+from megatron_dgpo.planning.sizes import Sizes
+from megatron_dgpo.planning.step_time import Cluster
+from megatron_dgpo.weights.architectures import read_architecture
+from tools import plan_parallelism
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ("qwen2.5-7b", "qwen2.5-32b", "qwen2.5-72b", "qwen3-30b-a3b", "qwen3-235b-a22b")
+# Parameters as their model cards give them, in billions.
+PARAMETERS = (7.6, 32.8, 72.7, 30.5, 235.1)
+
+
+def command(recipe: str) -> list[str]:
+    """The arguments of the command that a recipe's README gives for its plan."""
+    text = (ROOT / "examples" / recipe / "README.md").read_text().replace("\\\n", " ")
+    [line] = re.findall(r"^ +python tools/plan_parallelism.py (.*)$", text, re.MULTILINE)
+    return shlex.split(line)
+
+
+@pytest.mark.parametrize("recipe, billions", zip(RECIPES, PARAMETERS, strict=True), ids=RECIPES)
+def test_recipe_fits_its_model_and_gpus(recipe, billions):
+    folder = ROOT / "examples" / recipe
+    config = load_config(folder / "config.yaml")
+    architecture = read_architecture(folder / "model")
+    sizes = Sizes(architecture)
+    assert sizes.parameters / 1e9 == pytest.approx(billions, abs=0.06)
+    options = plan_parallelism._parse(command(recipe))
+    work = workload_of(config, options.prompt_tokens, options.response_tokens)
+    trainer, rollout = sides_of(config, options.gpus, 8)
+    assert refusal(architecture, trainer, work, 8) is None
+    assert rollout_refusal(architecture, rollout, 8) is None
+    assert config.rollout.context_tokens <= architecture.max_positions
+    cluster = Cluster(GPUS["h100"], 8)
+    plan = Planner(sizes, work, cluster).evaluate(
+        trainer, rollout, config.rollout.gpu_memory_fraction, config.rollout.max_concurrent
+    )
+    assert plan.problem is None
+    assert plan.trainer_headroom(cluster) > 5 * 2**30
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_readme_shows_what_the_tool_prints(recipe, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert plan_parallelism.main(command(recipe)) == 0
+    printed = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
+    assert printed in (ROOT / "examples" / recipe / "README.md").read_text()
+
+
+def test_model_configs_are_hugging_faces(tmp_path):
+    """transformers reads them, and finds what our table finds."""
+    transformers = pytest.importorskip("transformers")
+    for recipe in RECIPES:
+        folder = ROOT / "examples" / recipe / "model"
+        read, ours = transformers.AutoConfig.from_pretrained(folder), read_architecture(folder)
+        assert (read.hidden_size, read.num_hidden_layers, read.vocab_size) == (
+            ours.hidden_size,
+            ours.num_layers,
+            ours.vocab_size,
+        )
+        assert json.loads((folder / "config.json").read_text())["model_type"] == read.model_type

@@ -1,0 +1,139 @@
+"""Weights, gradients and optimizer state: the formula's bytes are what Megatron allocates, on every rank's stage."""
+
+import itertools
+
+import pytest
+
+from megatron_dgpo.planning.layout import TrainerSide
+from megatron_dgpo.planning.memory import static_memory
+from megatron_dgpo.planning.sizes import Sizes
+from megatron_dgpo.weights.architectures import read_architecture
+from tests.layouts import make_config
+from tests.ranks import leave_groups, run_ranks
+from tests.tiny_models import make_tiny_model
+
+# Head dimension 32 and 131 tokens: parameters of 32 elements, and buffers whose ends need padding.
+SHAPES = [
+    *(dict(tensor=t, data=d) for t, d in ((1, 1), (2, 1), (1, 2), (2, 2), (1, 3))),
+    *(dict(pipeline=2, data=d, chunks_per_stage=v) for d in (1, 2) for v in (1, 2)),
+    dict(tensor=2, pipeline=2),
+    dict(pipeline=4),
+]
+MIXTURE_SHAPES = [
+    dict(expert=2, data=2),
+    dict(expert=2, data=4),
+    dict(tensor=2, sequence=True, expert=2, data=2),
+    dict(pipeline=2, expert=2, data=2),
+]
+DTYPES = ("float32", "bfloat16")
+# Whether its head is its embedding.
+FAMILIES = {"qwen3": False, "qwen2": True, "qwen3_moe": False}
+
+
+def settings() -> list[tuple[str, dict, str]]:
+    """(family, parallel, dtype) of every layout that is compared."""
+    found = []
+    dense = itertools.product(("qwen3", "qwen2"), SHAPES, DTYPES)
+    for family, shape, dtype in (*dense, *itertools.product(("qwen3_moe",), MIXTURE_SHAPES, DTYPES)):
+        for sharded in (False, True) if shape.get("data", 1) > 1 else (False,):
+            found.append((family, {**shape, "distributed_optimizer": sharded}, dtype))
+    return found
+
+
+def world_size(parallel: dict) -> int:
+    return parallel.get("tensor", 1) * parallel.get("pipeline", 1) * parallel.get("data", 1)
+
+
+def allocated(model_dir, layouts):
+    """For each layout: this rank's stage and the bytes of its weights, gradients and optimizer after one step."""
+    found = []
+    for _, parallel, dtype in layouts:
+        found.append(_allocated(model_dir, parallel, dtype))
+        leave_groups()
+    return found
+
+
+def _allocated(model_dir, parallel, dtype):
+    import torch
+    from megatron.core import parallel_state
+
+    from megatron_dgpo.batch import Batch
+    from megatron_dgpo.model.device import init_device
+    from megatron_dgpo.model.parallel import initialize_parallel
+    from megatron_dgpo.model.policy import Policy
+    from megatron_dgpo.sft import _mean_negative_logprob
+
+    init_device()
+    config = make_config(model_dir, parallel, model={"dtype": dtype})
+    initialize_parallel(config.parallel, 1)
+    policy = Policy(config, read_architecture(model_dir), 1)
+    with torch.no_grad():
+        for module in policy.modules:
+            for parameter in module.parameters():
+                parameter.fill_(0.01)
+    policy.reload_master_weights()
+    # The moments exist after the first step.
+    batch = Batch.from_sequences([[5, 6]] * 4, [[7, 8, 9, 10]] * 4, multiple_of=2)
+    result = policy.step(batch.split(1), _mean_negative_logprob(131))
+    assert not result.skipped
+    storages = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in policy.modules for p in m.parameters()
+    }
+    buffers = [buffer for chunk in policy.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+    gradients = sum(buffer.grad_data.nbytes for buffer in buffers)
+    optimizers = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+    return (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        sum(storages.values()),
+        gradients,
+        sum(_optimizer_bytes(optimizer) for optimizer in optimizers),
+    )
+
+
+def _optimizer_bytes(optimizer) -> int:
+    """Moments and master copies, without the counters of steps."""
+    moments = (t for state in optimizer.optimizer.state.values() for name, t in state.items() if name != "step")
+    masters = getattr(optimizer, "fp32_from_float16_groups", None)
+    masters = masters or getattr(optimizer, "shard_fp32_from_float16_groups", [])
+    return sum(t.nbytes for t in moments) + sum(t.nbytes for group in masters for t in group)
+
+
+def cases() -> list[tuple[str, int]]:
+    """(family, ranks): each runs its layouts one after the other in one set of processes."""
+    return sorted({(family, world_size(parallel)) for family, parallel, _ in settings()})
+
+
+@pytest.mark.parametrize("family, world", cases())
+def test_bytes_equal_megatrons(family, world, tmp_path):
+    model_dir = make_tiny_model(tmp_path / family, family, tie_word_embeddings=FAMILIES[family])
+    layouts = [item for item in settings() if (item[0], world_size(item[1])) == (family, world)]
+    ranks = run_ranks(allocated, world, model_dir, layouts)
+    sizes = Sizes(read_architecture(model_dir))
+    for number, (_, parallel, dtype) in enumerate(layouts):
+        side = TrainerSide(
+            parallel.get("tensor", 1),
+            parallel.get("pipeline", 1),
+            parallel.get("data", 1),
+            parallel.get("chunks_per_stage", 1),
+            parallel.get("expert", 1),
+        )
+        for stage in range(side.pipeline):
+            found = [rank[number][1:] for rank in ranks if rank[number][0] == stage]
+            expected = static_memory(
+                sizes,
+                stage,
+                side.tensor,
+                side.pipeline,
+                side.chunks,
+                side.data,
+                side.expert,
+                parallel["distributed_optimizer"],
+                2 if dtype == "bfloat16" else 4,
+            )
+            where = f"{family} {parallel} {dtype} stage {stage}"
+            assert {(w, g) for w, g, _ in found} == {(expected.weights, expected.gradients)}, where
+            assert max(o for _, _, o in found) == expected.optimizer, where
+
+
+def test_enough_layouts():
+    assert len(settings()) >= 40
