@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
+from megatron_dgpo import stop
+from megatron_dgpo.cluster import Node
 from megatron_dgpo.config import Config, load_config
 from megatron_dgpo.errors import UsageError
 
@@ -21,7 +24,10 @@ _COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status. A UsageError is printed as a sentence, without a traceback."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        # A process of its own. Imports take seconds: a signal to stop must not end it before somebody can act on it.
+        stop.block()
+        arguments = sys.argv[1:]
     options = _parse(arguments)
     try:
         config = load_config(options.config, options.overrides)
@@ -61,28 +67,33 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _run(options: argparse.Namespace, config: Config, arguments: list[str]) -> int:
     from megatron_dgpo import launcher
 
-    if options.command == "serve":
-        return launcher.serve(config, options.host, options.port)
     if launcher.is_rank():
-        _run_rank(options, config)
-        return 0
-    parallel = config.parallel
-    world_size = parallel.tensor * parallel.pipeline * (parallel.data or 1)
-    _check(options, config, world_size)
+        return _run_rank(options, config)
+    node = Node.here(config.run.dir)
+    if options.command == "serve":
+        return launcher.serve_node(config, node) if node.in_job else launcher.serve(config, options.host, options.port)
     needs_servers = options.command != "sft" and config.rollout.replay is None
-    return launcher.launch(arguments, config, world_size, needs_servers)
+    if needs_servers:
+        config = launcher.find_servers(config, node)
+    world_size = launcher.trainer_size(config, node)
+    if node.index == 0:
+        _check(options, config, world_size, world_size // node.count)
+    return launcher.launch(arguments, config, node, world_size, needs_servers)
 
 
-def _check(options: argparse.Namespace, config: Config, world_size: int) -> None:
+def _check(options: argparse.Namespace, config: Config, world_size: int, local_size: int) -> None:
     from megatron_dgpo.preflight import check
 
-    check(options.command, config, world_size, getattr(options, "checkpoint", None), bool(getattr(options, "model", 0)))
+    checkpoint, from_model = getattr(options, "checkpoint", None), bool(getattr(options, "model", 0))
+    check(options.command, config, world_size, local_size, checkpoint, from_model)
 
 
-def _run_rank(options: argparse.Namespace, config: Config) -> None:
+def _run_rank(options: argparse.Namespace, config: Config) -> int:
     from megatron_dgpo.model.parallel import data_parallel_size
     from megatron_dgpo.rollout import server
 
+    # The launcher's way to end a rank at once, whatever it waits for.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Libraries talk to the rank's log; rank 0's standard output is the user's.
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -90,19 +101,21 @@ def _run_rank(options: argparse.Namespace, config: Config) -> None:
     data_parallel_size(config.parallel, world_size)
     if server.ADDRESSES not in os.environ and os.environ["RANK"] == "0":
         # Not started by our launcher, which has checked already.
-        _check(options, config, world_size)
+        _check(options, config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    finished = True
     if options.command == "sft":
         from megatron_dgpo.sft import sft
 
-        sft(config)
+        finished = sft(config)
     elif options.command == "train":
         from megatron_dgpo.trainer import train
 
-        train(config)
+        finished = train(config)
     else:
         from megatron_dgpo.evaluation import evaluate_policy
 
         evaluate_policy(config, options.checkpoint, from_model=options.model is not None)
+    return 0 if finished else stop.STOPPED
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 
+from megatron_dgpo import stop
+
 
 def register() -> None:
     """Make our weight transports known to vLLM, and its CPU workers' shared memory vanish with them."""
@@ -15,6 +17,8 @@ def register() -> None:
     WeightTransferEngineFactory.register_engine("memfd", "megatron_dgpo.rollout.transport", "MemfdEngine")
     WeightTransferEngineFactory.register_engine("shards", "megatron_dgpo.rollout.transport", "ShardEngine")
     _unlink_joined_shared_memory()
+    # vLLM starts processes, which may unblock them.
+    stop.keep_blocked()
 
 
 def _unlink_joined_shared_memory() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_dgpo import process
+from megatron_dgpo.cluster import Node
 from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.rollout.guard import SECRET
@@ -19,22 +20,30 @@ from megatron_dgpo.weights.distributed import is_distributed
 ADDRESSES = "MEGATRON_DGPO_ADDRESSES"
 
 
-def start(config: Config, secret: str, logs: Path) -> tuple[list[process.Child], list[str]]:
-    """Start `rollout.servers` servers on this machine; returns them and their addresses, not yet healthy."""
+def start(
+    config: Config, secret: str, logs: Path, node: Node | None = None, first: int = 0
+) -> tuple[list[process.Child], list[str]]:
+    """Start `rollout.servers` servers on this machine; returns them and their addresses, not yet healthy.
+
+    node: of a job, that runs nothing else, for trainers on other nodes; its servers are counted from `first`. None:
+    beside the trainer, on loopback.
+    """
     children, found = [], []
+    host = node.address if node else "127.0.0.1"
+    shared = {**(node.environment() if node else {}), **os.environ, SECRET: secret}
     for index in range(config.rollout.servers):
-        port = free_port()
-        variables = {**os.environ, **environment(config, index), SECRET: secret}
-        children.append(
-            process.start(f"vLLM server {index}", command(config, port), variables, logs / f"vllm_{index}.log")
-        )
-        found.append(f"http://127.0.0.1:{port}")
+        port = free_port(host)
+        name = f"vLLM server {first + index}"
+        log = logs / f"vllm_{first + index}.log"
+        variables = shared | environment(config, index, alone=node is not None)
+        children.append(process.start(name, command(config, port, host), variables, log))
+        found.append(f"http://{host}:{port}")
     return children, found
 
 
-def free_port() -> int:
+def free_port(host: str = "127.0.0.1") -> int:
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((host, 0))
         return listener.getsockname()[1]
 
 
@@ -94,8 +103,11 @@ def _cpu_options(config: Config) -> tuple[str, ...]:
     )
 
 
-def environment(config: Config, index: int) -> dict[str, str]:
-    """Variables of server `index` of this machine, beside the inherited ones and the secret."""
+def environment(config: Config, index: int, alone: bool = False) -> dict[str, str]:
+    """Variables of server `index` of this machine, beside the inherited ones and the secret.
+
+    alone: no ranks run on this machine.
+    """
     # Dev mode opens the endpoints for pausing and updating weights; the guard covers them.
     variables = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if transport(config) == "ipc":
@@ -105,8 +117,11 @@ def environment(config: Config, index: int) -> dict[str, str]:
         first = index * config.rollout.tensor
         ranks = config.parallel.tensor * config.parallel.pipeline * (config.parallel.data or 1)
         shared = torch.cuda.device_count() < ranks + config.rollout.servers * config.rollout.tensor
-        first += 0 if shared else ranks
-        variables["CUDA_VISIBLE_DEVICES"] = ",".join(str(first + i) for i in range(config.rollout.tensor))
+        first += 0 if shared or alone else ranks
+        # Those that SLURM gave to this job, where it says so.
+        given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        devices = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(devices[first : first + config.rollout.tensor])
         return variables
     cores = sorted(os.sched_getaffinity(0))
     share = [cores[rank :: config.rollout.tensor] or cores[:1] for rank in range(config.rollout.tensor)]
