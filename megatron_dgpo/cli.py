@@ -1,4 +1,4 @@
-"""`megatron-dgpo sft | train | eval | serve CONFIG [section.name=value ...]`"""
+"""`megatron-dgpo sft | train | eval | serve | launch CONFIG [section.name=value ...]`"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from megatron_dgpo import stop
+from megatron_dgpo import sbatch, stop
 from megatron_dgpo.cluster import Node
 from megatron_dgpo.config import Config, load_config
 from megatron_dgpo.errors import UsageError
@@ -19,6 +19,7 @@ _COMMANDS = {
     "train": "run or continue DGPO training",
     "eval": "report avg@k and pass@k of a checkpoint or a Hugging Face directory",
     "serve": "run one vLLM server as training expects it",
+    "launch": "submit a training run to SLURM",
 }
 
 
@@ -30,7 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = sys.argv[1:]
     options = _parse(arguments)
     try:
-        config = load_config(options.config, options.overrides)
+        # In an array of jobs %a stands for the index, which is not known before the job runs.
+        array = options.command == "launch"
+        config = load_config(options.config, [o.replace("%a", "0") if array else o for o in options.overrides])
         if getattr(options, "model", None):
             config = config.model_copy(update={"model": config.model.model_copy(update={"path": options.model})})
         return _run(options, config, arguments)
@@ -55,6 +58,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         if name == "serve":
             command.add_argument("--host", default="127.0.0.1", help="address to listen on")
             command.add_argument("--port", type=int, default=8000)
+        if name == "launch":
+            _add_sizes(command)
     # argparse takes a list of positionals only in one piece; overrides may also follow an option.
     options, rest = parser.parse_known_args(arguments)
     unknown = [argument for argument in rest if argument.startswith("-")]
@@ -64,7 +69,32 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def _add_sizes(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--nodes", type=_count, default=1, help="trainer nodes")
+    command.add_argument("--rollout-nodes", type=_count, default=0, help="vLLM nodes; none: the trainer's runs servers")
+    command.add_argument("--gpus-per-node", type=_count)
+    command.add_argument("--rollout-gpus-per-node", type=_count, help="makes a heterogeneous job if it differs")
+    command.add_argument("--time", help="limit of the job, as sbatch writes it")
+    command.add_argument("--sbatch", action="append", default=[], metavar="--OPTION=VALUE", help="for sbatch as it is")
+    command.add_argument("--dry-run", action="store_true", help="print the sbatch file instead of submitting it")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return int(text)
+
+
+def _launch(options: argparse.Namespace, config: Config) -> int:
+    size = sbatch.Size(options.nodes, options.rollout_nodes, options.gpus_per_node, options.rollout_gpus_per_node)
+    text = sbatch.write(config, options.config, options.overrides, size, options.time, options.sbatch)
+    print(text if options.dry_run else f"submitted as job {sbatch.submit(text)}")
+    return 0
+
+
 def _run(options: argparse.Namespace, config: Config, arguments: list[str]) -> int:
+    if options.command == "launch":
+        return _launch(options, config)
     from megatron_dgpo import launcher
 
     if launcher.is_rank():
