@@ -120,7 +120,9 @@ class Rollout(Section):
     """Running servers (http://host:port), instead of starting any; their secret in MEGATRON_DGPO_SECRET."""
     transport: Literal["auto", "memfd", "shards", "nccl", "ipc"] = "auto"
     """How weights travel. memfd: shared memory of one machine; shards: each worker gets its own shards, from the ranks
-    that hold them; nccl, ipc: vLLM's own, of gathered tensors. auto: memfd on CPU, nccl on GPUs."""
+    that hold them; nccl, ipc: vLLM's own, of gathered tensors. auto: memfd on CPU, nccl on GPUs, ipc if they sleep."""
+    sleep: bool = False
+    """Servers free their GPUs' memory while the policy trains, for servers on the ranks' own GPUs (transport ipc)."""
     bucket_bytes: PositiveInt = 256 * 2**20
     """shards: most bytes that a worker receives at once; both sides hold two such buckets."""
     transfer_timeout_s: PositiveFloat = 30

@@ -97,6 +97,11 @@ def _check_rollouts(config: Config, architecture: Architecture) -> None:
         )
     if rollout.replay and not rollout.replay.is_dir():
         raise UsageError(f"rollout.replay={rollout.replay} is not a folder of recorded responses")
+    if rollout.sleep and torch.cuda.is_available() and server.transport(config) != "ipc":
+        raise UsageError(
+            f"rollout.sleep is for servers on the ranks' own GPUs, which rollout.transport={rollout.transport} cannot "
+            "reach; use ipc"
+        )
     for address in rollout.addresses:
         host = urlparse(address).hostname
         if urlparse(address).scheme not in ("http", "https") or not host:

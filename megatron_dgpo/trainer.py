@@ -51,6 +51,7 @@ def train(config: Config) -> bool:
             with log.phase("rollout"):
                 rows = order.take(progress.prompts, config.rollout.prompts_per_step, *session.replica)
                 scored = session.experience.sample([problems[row] for row in rows], step)
+                session.rest_servers()
             metrics = updates.make(scored)
             with log.phase("weights"):
                 metrics |= session.push_weights(step)

@@ -1,8 +1,7 @@
 """`megatron-dgpo launch --dry-run`: what it prints is what bash and sbatch would read. tests/slurm/ submits it."""
 
-import json
-import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,7 +65,7 @@ def test_the_command_line_survives_the_shell(capsys):
         (["--nodes=2"], "--rollout-nodes"),
         (
             ["--nodes=3", "--rollout-nodes=1"],
-            "parallel.tensor × pipeline × data = 8 ranks do not divide over --nodes=3",
+            "8 ranks do not divide over --nodes=3",
         ),
         (["--nodes=2", "--rollout-nodes=1", "--gpus-per-node=2"], "8 ranks, and the nodes have 4 GPUs"),
         (["--rollout-nodes=1", "--gpus-per-node=8", "rollout.servers=9"], "rollout.servers × rollout.tensor = 9 GPUs"),
@@ -90,8 +89,6 @@ def test_without_slurm(capsys, monkeypatch, tmp_path):
 def test_needs_no_torch():
     """Login nodes may have none."""
     code = "import sys; sys.modules['torch'] = None; from megatron_dgpo.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = f"python -c {shlex.quote(code)} launch {CONFIG} --dry-run"
-    import sys
-
-    result = subprocess.run([sys.executable, *shlex.split(command)[1:]], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0 and json.dumps(str(CONFIG))[1:-1] in result.stdout, result.stderr
+    command = [sys.executable, "-c", code, "launch", str(CONFIG), "--dry-run"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and str(CONFIG) in result.stdout, result.stderr

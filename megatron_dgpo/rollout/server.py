@@ -51,7 +51,10 @@ def transport(config: Config) -> str:
     """How weights travel to the servers."""
     if config.rollout.transport != "auto":
         return config.rollout.transport
-    return "nccl" if torch.cuda.is_available() else "memfd"
+    if not torch.cuda.is_available():
+        return "memfd"
+    # NCCL refuses two ranks on one GPU.
+    return "ipc" if config.rollout.sleep else "nccl"
 
 
 def dtype(config: Config) -> str:
@@ -88,6 +91,8 @@ def command(config: Config, port: int, host: str = "127.0.0.1") -> list[str]:
         "--skip-tokenizer-init",
         "--disable-uvicorn-access-log",
         *(("--enforce-eager",) if eager else ()),
+        # A CPU server takes the same requests without it, and keeps its memory.
+        *(("--enable-sleep-mode",) if rollout.sleep and on_gpu else ()),
         *(("--gpu-memory-utilization", str(rollout.gpu_memory_fraction)) if on_gpu else _cpu_options(config)),
     ]
 

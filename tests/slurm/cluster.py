@@ -1,4 +1,4 @@
-"""A real SLURM on this host for tests: two nodes on loopback, their daemons in a temporary folder.
+"""A real SLURM on this host for tests: three nodes on loopback, their daemons in a temporary folder.
 
 Debian's slurmd runs several nodes on one host (`slurmd -N NAME`); munged, slurmctld and slurmd run as the user of the
 tests, and nothing outside the folder is read or written. However the tests end, the daemons do too.
@@ -17,7 +17,7 @@ from megatron_dgpo import process
 from megatron_dgpo.rollout.server import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
-NODES = ("first", "second")
+NODES = ("first", "second", "third")
 # `urgent` preempts `main`, whose jobs are warned a minute before. cred_expire: a requeued job waits as long.
 _CONFIG = """
 ClusterName=test
@@ -71,7 +71,7 @@ class Slurm:
         self._start("slurmctld", "-D")
         for name in NODES:
             self._start("slurmd", "-D", "-N", name, log=f"slurmd-{name}")
-        self._wait(lambda: self._run("sinfo", "-h", "-o", "%D %T", check=False) == "2 idle", "two idle nodes")
+        self._wait(lambda: self._run("sinfo", "-h", "-o", "%D %T", check=False) == f"{len(NODES)} idle", "idle nodes")
 
     def _write_config(self) -> None:
         folder, host = self._folder, socket.gethostname().split(".")[0]

@@ -1,4 +1,4 @@
-"""The sbatch files in a real SLURM: the arithmetic example on two nodes, and everything that ends a job."""
+"""The sbatch files in a real SLURM: the arithmetic example on several nodes, and everything that ends a job."""
 
 import os
 import re
@@ -16,6 +16,7 @@ from megatron_dgpo.manifest import candidates
 from megatron_dgpo.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
+CONFIG = "examples/arithmetic/config.yaml"
 STEPS = 15
 END_S = 60
 
@@ -32,7 +33,7 @@ def arithmetic(tmp_path_factory):
 class Job:
     """The example, a few small steps of it, submitted from the repository as a user would."""
 
-    def __init__(self, slurm, arithmetic: Path, folder: Path, file: str, options: list[str], *overrides: str) -> None:
+    def __init__(self, slurm, arithmetic: Path, folder: Path, *overrides: str) -> None:
         self.slurm, self.run_dir, self.log = slurm, folder / "run", folder / "job.log"
         slurm.environment |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
         self.overrides = [
@@ -46,9 +47,29 @@ class Job:
             *("rollout.transport=shards", "rollout.record=true", "reward.grader=tests.slurm.test_jobs:even_digits"),
             *overrides,
         ]
-        config = "examples/arithmetic/config.yaml"
-        arguments = [f"--output={self.log}", *options, f"slurm/{file}", config, f"run.dir={self.run_dir}"]
-        self.number = slurm.submit(*arguments, *self.overrides, cwd=ROOT)
+
+    def submit(self, *options: str) -> None:
+        """sbatch OPTIONS slurm/separate.sbatch CONFIG ..."""
+        arguments = [f"--output={self.log}", *options, "slurm/separate.sbatch", CONFIG, f"run.dir={self.run_dir}"]
+        self.number = self.slurm.submit(*arguments, *self.overrides, cwd=ROOT)
+
+    def launch(self, *options: str) -> None:
+        """megatron-dgpo launch CONFIG OPTIONS ..."""
+        command = [
+            sys.executable,
+            "-m",
+            "megatron_dgpo.cli",
+            "launch",
+            CONFIG,
+            *options,
+            f"--sbatch=--output={self.log}",
+        ]
+        command += [f"run.dir={self.run_dir}", *self.overrides]
+        result = subprocess.run(
+            command, env=self.slurm.environment, cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert result.returncode == 0, result.stderr
+        self.number = re.fullmatch(r"submitted as job (\d+)\n", result.stdout)[1]
 
     @property
     def rows(self) -> list[dict]:
@@ -96,7 +117,9 @@ def even_digits(response: str, answer: str, row: dict) -> float:
 
 
 def test_a_preempted_run_is_requeued_and_ends_as_the_same_run(slurm, arithmetic, tmp_path):
-    job = Job(slurm, arithmetic, tmp_path, "separate.sbatch", ["--time=20"], f"run.steps={STEPS}")
+    """Two trainer nodes with a tensor-parallel rank each, and one that runs vLLM."""
+    job = Job(slurm, arithmetic, tmp_path, "parallel.tensor=2", f"run.steps={STEPS}")
+    job.submit("--nodes=3", "--time=20")
     job.wait(lambda: len(job.rows) >= 3, "second step")
     command_lines = b"".join(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in job.processes())
     [secret] = {secret_of(pid) for pid in job.processes("megatron_dgpo.cli")}
@@ -118,14 +141,14 @@ def test_a_preempted_run_is_requeued_and_ends_as_the_same_run(slurm, arithmetic,
     lines = re.findall(rf"^train (\d+)/{STEPS}:.* reward", job.text(), re.MULTILINE)
     assert lines == [str(step) for step in range(1, STEPS + 1)], job.text()
     logs = {str(path.relative_to(job.run_dir / "logs")) for path in (job.run_dir / "logs").rglob("*.log")}
-    assert logs == {f"{job.number}.{i}/{name}.log" for i in (0, 1) for name in ("rank_0", "vllm_0")}
+    assert logs == {f"{job.number}.{i}/{name}.log" for i in (0, 1) for name in ("rank_0", "rank_1", "vllm_0")}
     for file in [job.log, *(path for path in job.run_dir.rglob("*") if path.is_file())]:
         assert secret not in file.read_bytes(), file
 
     # The same run: trained in one piece on the responses that both parts sampled, the weights are the same bits.
     whole = tmp_path / "whole"
     replay = [f"run.dir={whole}", f"rollout.replay={job.run_dir / 'rollouts'}"]
-    command = [sys.executable, "-m", "megatron_dgpo.cli", "train", "examples/arithmetic/config.yaml"]
+    command = [sys.executable, "-m", "megatron_dgpo.cli", "train", CONFIG]
     command += [*job.overrides, *replay, "rollout.record=false"]
     subprocess.run(command, cwd=ROOT, check=True, timeout=240, stdout=subprocess.DEVNULL)
     ours, theirs = (load_file(run / "hf" / "model.safetensors") for run in (job.run_dir, whole))
@@ -141,8 +164,8 @@ def secret_of(pid: int) -> bytes:
 
 def test_time_limit_then_a_killed_server(slurm, arithmetic, tmp_path):
     """In a heterogeneous job. At the limit's warning it saves and requeues itself; later its server is killed."""
-    options = ["--time=2", "--signal=B:USR1@60", "--nodes=1", ":", "--nodes=1"]
-    job = Job(slurm, arithmetic, tmp_path, "separate.sbatch", options, "run.steps=100000")
+    job = Job(slurm, arithmetic, tmp_path, "parallel.tensor=1", "run.steps=100000")
+    job.submit("--time=2", "--signal=B:USR1@60", "--nodes=1", ":", "--nodes=1")
     job.wait(lambda: slurm.job(job.number)["Restarts"] == "1", "requeue at the time limit's warning")
     assert f"job {job.number} is requeued and continues the run" in job.text()
     last = job.rows[-1]["step"]
@@ -162,9 +185,9 @@ def test_time_limit_then_a_killed_server(slurm, arithmetic, tmp_path):
 
 
 def test_a_killed_rank(slurm, arithmetic, tmp_path):
-    """Before vLLM is up: whatever a node is doing, it ends."""
-    options = ["--time=20"]
-    job = Job(slurm, arithmetic, tmp_path, "separate.sbatch", options, "parallel.tensor=2", "run.steps=100000")
+    """Before vLLM is up: whatever a node is doing, it ends. The other node's rank fails of it, and is not shown."""
+    job = Job(slurm, arithmetic, tmp_path, "parallel.tensor=2", "run.steps=100000")
+    job.launch("--nodes=2", "--rollout-nodes=1", "--time=20")
     job.wait(lambda: job.processes(RANK="1") and job.processes("vllm.entrypoints"), "rank 1 and a server")
     time.sleep(3)
     os.kill(job.processes("megatron_dgpo", RANK="1")[0], signal.SIGKILL)
