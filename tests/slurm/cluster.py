@@ -127,6 +127,9 @@ class Slurm:
         line = self._run("scontrol", "show", "job", "--oneliner", number).splitlines()[0]
         return dict(field.split("=", 1) for field in line.split() if "=" in field)
 
+    def limit(self, number: str, minutes: int) -> None:
+        self._run("scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}")
+
     def cancel_all(self) -> None:
         self._run("scancel", "--me", check=False)
         deadline = time.monotonic() + 40

@@ -64,7 +64,7 @@ class Job:
             *options,
             f"--sbatch=--output={self.log}",
         ]
-        command += [f"run.dir={self.run_dir}", *self.overrides]
+        command += [f"--sbatch=--output={self.log}", f"run.dir={self.run_dir}", *self.overrides]
         result = subprocess.run(
             command, env=self.slurm.environment, cwd=ROOT, capture_output=True, text=True, timeout=60
         )
@@ -80,6 +80,11 @@ class Job:
 
     def state(self) -> str:
         return self.slurm.job(self.number)["JobState"]
+
+    def minutes(self) -> int:
+        """Whole ones that it has run."""
+        hours, minutes, _ = self.slurm.job(self.number)["RunTime"].split(":")
+        return 60 * int(hours) + int(minutes)
 
     def wait(self, condition, what: str, limit_s: float = 150) -> float:
         """Seconds until the condition holds; fails with the job's log when it does not in time."""
@@ -165,13 +170,16 @@ def secret_of(pid: int) -> bytes:
 def test_time_limit_then_a_killed_server(slurm, arithmetic, tmp_path):
     """In a heterogeneous job. At the limit's warning it saves and requeues itself; later its server is killed."""
     job = Job(slurm, arithmetic, tmp_path, "parallel.tensor=1", "run.steps=100000")
-    job.submit("--time=2", "--signal=B:USR1@60", "--nodes=1", ":", "--nodes=1")
+    job.submit("--time=60", "--signal=B:USR1@120", "--nodes=1", ":", "--nodes=1")
+    job.wait(lambda: len(job.rows) >= 3, "second step")
+    # Between one and two minutes are left then: less than the warning is given before the end.
+    slurm.limit(job.number, job.minutes() + 2)
     job.wait(lambda: slurm.job(job.number)["Restarts"] == "1", "requeue at the time limit's warning")
     assert f"job {job.number} is requeued and continues the run" in job.text()
     last = job.rows[-1]["step"]
-    assert last > 0, "the warning came before the first step: nothing was tested"
     assert candidates(job.run_dir / "checkpoints")[0].name == f"step_{last:08d}"
-    # A restarted job has a time limit of its own.
+    # Lest the new limit ends the second part, too.
+    slurm.limit(job.number, 60)
     job.wait(lambda: job.rows[-1]["step"] > last, "step of the requeued job")
     assert [row["step"] for row in job.rows] == list(range(len(job.rows)))
 
