@@ -86,7 +86,7 @@ class Job:
         hours, minutes, _ = self.slurm.job(self.number)["RunTime"].split(":")
         return 60 * int(hours) + int(minutes)
 
-    def wait(self, condition, what: str, limit_s: float = 150) -> float:
+    def wait(self, condition, what: str, limit_s: float = 240) -> float:
         """Seconds until the condition holds; fails with the job's log when it does not in time."""
         start = time.monotonic()
         while not (found := condition()):
@@ -97,10 +97,12 @@ class Job:
 
     def wait_for_end(self, state: str, limit_s: float) -> None:
         """Until SLURM has seen the last of its processes; whatever is left then was not the job's to leave."""
-        deadline = time.monotonic() + limit_s
+        start = time.monotonic()
         while self.state() != state or self.processes():
-            assert time.monotonic() < deadline, f"{self.state()} after {limit_s:g} s: {self.processes()}\n{self.text()}"
+            seconds = time.monotonic() - start
+            assert seconds < limit_s, f"{self.state()} after {limit_s:g} s: {self.processes()}\n{self.text()}"
             time.sleep(0.2)
+        print(f"{state} after {time.monotonic() - start:.1f} s")
 
     def processes(self, *words: str, **variables: str) -> list[int]:
         """Of the job, by what its environment says; `words` occur in their command lines."""
@@ -131,7 +133,8 @@ def test_a_preempted_run_is_requeued_and_ends_as_the_same_run(slurm, arithmetic,
     assert len(secret) == 64 and secret not in command_lines
 
     slurm.submit("--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 1", cwd=tmp_path)
-    job.wait(lambda: slurm.job(job.number)["Restarts"] == "1", "preemption", END_S)
+    seconds = job.wait(lambda: slurm.job(job.number)["Restarts"] == "1", "preemption", END_S)
+    print(f"saved and requeued {seconds:.1f} s after the job that preempts it was submitted")
     saved = candidates(job.run_dir / "checkpoints")
     assert [path.name for path in saved] == [f"step_{job.rows[-1]['step']:08d}"]
     assert 2 <= job.rows[-1]["step"] < STEPS
