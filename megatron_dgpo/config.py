@@ -47,6 +47,9 @@ class Parallel(Section):
     pipeline: PositiveInt = 1
     chunks_per_stage: PositiveInt = 1
     """Model chunks per pipeline stage; above 1 the schedule is interleaved 1F1B."""
+    expert: PositiveInt = 1
+    """Ranks, out of the tensor × data ranks of a pipeline stage, that share a layer's experts between them; each expert
+    is whole on one of them."""
     data: PositiveInt | None = None
     """Replicas; null: what the number of ranks leaves, or 1 when this command starts the ranks."""
     sequence: bool = False
@@ -116,11 +119,14 @@ class Rollout(Section):
     """vLLM servers that this command starts on this machine."""
     tensor: PositiveInt = 1
     """Tensor-parallel size of each server."""
+    expert_parallel: bool = False
+    """Experts whole on one of a server's workers each, instead of all cut over all workers."""
     addresses: tuple[str, ...] = ()
     """Running servers (http://host:port), instead of starting any; their secret in MEGATRON_DGPO_SECRET."""
-    transport: Literal["auto", "memfd", "shards", "nccl", "ipc"] = "auto"
-    """How weights travel. memfd: shared memory of one machine; shards: each worker gets its own shards, from the ranks
-    that hold them; nccl, ipc: vLLM's own, of gathered tensors. auto: memfd on CPU, nccl on GPUs, ipc if they sleep."""
+    transport: Literal["auto", "memory", "shards", "ipc"] = "auto"
+    """How weights travel. memory: workers on this machine read their shards in place, on a CPU; shards: the ranks that
+    hold them send them, over gloo or NCCL; ipc: vLLM's own, of gathered tensors, to servers on the ranks' GPUs. auto:
+    memory on CPU, on GPUs shards, or ipc if the servers sleep."""
     sleep: bool = False
     """Servers free their GPUs' memory while the policy trains, for servers on the ranks' own GPUs (transport ipc)."""
     bucket_bytes: PositiveInt = 256 * 2**20
@@ -128,7 +134,7 @@ class Rollout(Section):
     transfer_timeout_s: PositiveFloat = 30
     """shards: longest wait for the other side."""
     check_all_weights: bool = False
-    """shards: compare every parameter's checksum after each update, instead of a sixteenth of them in turn."""
+    """Compare every parameter's checksum after each update, instead of a sixteenth of them in turn."""
     memory_bytes: PositiveInt = 256 * 2**20
     """KV cache of a CPU server."""
     gpu_memory_fraction: float = Field(0.85, gt=0, le=1)

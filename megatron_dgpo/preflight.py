@@ -95,6 +95,19 @@ def _check_rollouts(config: Config, architecture: Architecture) -> None:
         raise UsageError(
             f"rollout.tensor={rollout.tensor} does not divide num_attention_heads={architecture.num_attention_heads}"
         )
+    if rollout.expert_parallel and (not architecture.num_experts or architecture.num_experts % rollout.tensor):
+        raise UsageError(
+            f"rollout.expert_parallel=true, but rollout.tensor={rollout.tensor} does not divide the "
+            f"{architecture.num_experts} experts of {config.model.path}; set it to false"
+        )
+    if rollout.expert_parallel and not torch.cuda.is_available():
+        raise UsageError("rollout.expert_parallel=true: vLLM's experts on a CPU cannot do that; set it to false")
+    if architecture.num_experts and not rollout.expert_parallel:
+        if architecture.expert_ffn_hidden_size % rollout.tensor:
+            raise UsageError(
+                f"rollout.tensor={rollout.tensor} does not divide the experts' intermediate size="
+                f"{architecture.expert_ffn_hidden_size}; set rollout.expert_parallel=true"
+            )
     if rollout.replay and not rollout.replay.is_dir():
         raise UsageError(f"rollout.replay={rollout.replay} is not a folder of recorded responses")
     if rollout.sleep and torch.cuda.is_available() and server.transport(config) != "ipc":
@@ -106,9 +119,9 @@ def _check_rollouts(config: Config, architecture: Architecture) -> None:
         host = urlparse(address).hostname
         if urlparse(address).scheme not in ("http", "https") or not host:
             raise UsageError(f"rollout.addresses: '{address}' is not an address such as http://host:8000")
-        if server.transport(config) == "memfd" and not _is_loopback(host):
+        if server.transport(config) == "memory" and not _is_loopback(host):
             raise UsageError(
-                f"rollout.addresses: {address} is another machine, but rollout.transport=memfd shares memory with "
+                f"rollout.addresses: {address} is another machine, but rollout.transport=memory shares memory with "
                 "servers of this one; use rollout.transport=shards"
             )
 

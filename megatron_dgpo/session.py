@@ -29,11 +29,11 @@ from megatron_dgpo.model.parallel import (
 from megatron_dgpo.model.policy import Policy
 from megatron_dgpo.rollout import server
 from megatron_dgpo.rollout.client import Engines
-from megatron_dgpo.rollout.weight_sync import MemfdSync, ShardSync, VllmSync, check_servers, from_rank_0
+from megatron_dgpo.rollout.weight_sync import IpcSync, ShardSync, check_servers, from_rank_0
 from megatron_dgpo.statistics import token_statistics
 from megatron_dgpo.weights.architectures import read_architecture
-from megatron_dgpo.weights.export import FullTensors, export_hf, write_slices
-from megatron_dgpo.weights.load import load_weights
+from megatron_dgpo.weights.export import FullTensors, export_hf
+from megatron_dgpo.weights.load import load_weights, named_shards
 
 # Ranks wait for each other while one of them samples: their patience must outlast its own.
 _MARGIN = timedelta(minutes=10)
@@ -116,20 +116,15 @@ class Session(contextlib.ExitStack):
         return self.enter_context(Experience(self.config, engines, self.tokenizer))
 
     @functools.cached_property
-    def _weight_sync(self) -> MemfdSync | ShardSync | VllmSync:
+    def _weight_sync(self) -> ShardSync | IpcSync:
         engines = self.experience.engines if dist.get_rank() == 0 else None
-        modules, dtype = self.policy.modules, server.dtype(self.config)
+        modules, dtype = self.policy.modules, getattr(torch, server.dtype(self.config))
         kind = server.transport(self.config)
-        if kind == "memfd":
-            return MemfdSync(
-                engines, self.architecture.hf_shapes, dtype, lambda t: write_slices(modules, self.architecture, t)
-            )
-        if kind == "shards":
-            layout, rollout = trainer_layout(self.config.parallel), self.config.rollout
-            return ShardSync(engines, modules, self.architecture, layout, rollout, getattr(torch, dtype))
-        source = FullTensors(modules, self.architecture, getattr(torch, dtype))
-        servers = from_rank_0(lambda: len(engines.addresses))
-        return VllmSync(engines, source, kind, self.config.rollout.tensor, servers)
+        if kind == "ipc":
+            return IpcSync(engines, FullTensors(modules, self.architecture, dtype))
+        shards, layout = dict(named_shards(modules)), trainer_layout(self.config.parallel)
+        in_place = kind == "memory"
+        return ShardSync(engines, shards, self.architecture, layout, self.config.rollout, dtype, in_place)
 
     def rest_servers(self) -> None:
         """With rollout.sleep: until the next push the servers' GPUs are the trainer's.

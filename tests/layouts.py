@@ -11,6 +11,15 @@ LAYOUTS = {
     "tp2-pp2": (4, dict(tensor=2, pipeline=2)),
     "dp2": (2, dict()),
 }
+MIXTURE_LAYOUTS = {
+    "tp1": (1, dict()),
+    "ep2": (2, dict(expert=2)),
+    "tp2": (2, dict(tensor=2, sequence=True)),
+    "tp2-ep2": (2, dict(tensor=2, sequence=True, expert=2)),
+    "pp2-ep2": (4, dict(pipeline=2, expert=2)),
+    "tp2-pp2-ep2": (4, dict(tensor=2, pipeline=2, sequence=True, expert=2)),
+    "tp2-dp2-ep4": (4, dict(tensor=2, sequence=True, expert=4)),
+}
 
 
 def make_config(path, parallel: dict | None = None, **sections) -> Config:

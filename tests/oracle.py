@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 
 @dataclass
@@ -25,7 +26,8 @@ def dense_step(policy_dir, reference_dir, rows, algorithm, temperature, vocab_si
     sampling_dir: the policy that sampled, where it is not the current one; old log-probs are then its own.
     """
     policy, reference, sampling = (
-        AutoModelForCausalLM.from_pretrained(path or policy_dir, dtype=torch.float64)
+        # Experts one by one: the grouped product does not take float64.
+        AutoModelForCausalLM.from_pretrained(path or policy_dir, dtype=torch.float64, experts_implementation="eager")
         for path in (policy_dir, reference_dir, sampling_dir)
     )
     total, weights = torch.zeros((), dtype=torch.float64), []
@@ -58,4 +60,6 @@ def dense_step(policy_dir, reference_dir, rows, algorithm, temperature, vocab_si
         by_tokens = algorithm.aggregation == "token_mean"
         total = total + (token_loss.sum() / num_tokens if by_tokens else token_loss.mean() / len(rows))
     total.backward()
-    return Oracle(total.item(), weights, {name: p.grad for name, p in policy.named_parameters()})
+    gradients = {name: parameter.grad for name, parameter in policy.named_parameters()}
+    # Experts by the names of the files; in memory they are stacked.
+    return Oracle(total.item(), weights, revert_weight_conversion(policy, gradients))

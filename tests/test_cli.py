@@ -222,7 +222,7 @@ def test_responses_do_not_fill_micro_batches(case, capsys):
 
 
 def test_server_on_another_machine_cannot_share_memory(case, capsys):
-    case.fails(capsys, ["http://10.0.0.1:8000", "memfd"], "rollout.addresses=['http://10.0.0.1:8000']")
+    case.fails(capsys, ["http://10.0.0.1:8000", "memory"], "rollout.addresses=['http://10.0.0.1:8000']")
 
 
 def test_checkpoint_of_another_model(case, capsys):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from megatron_dgpo.config import Algorithm
-from tests.layouts import LAYOUTS, make_config
+from tests.layouts import LAYOUTS, MIXTURE_LAYOUTS, make_config
 from tests.oracle import dense_step
 from tests.ranks import run_ranks
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import MIXTURES, make_tiny_model
 
 VOCAB = 131
 TEMPERATURE = 0.8
@@ -44,7 +44,7 @@ def models(tmp_path_factory):
         family: [
             make_tiny_model(folder / f"{family}-{seed}", family, vocab_size=VOCAB, seed=seed) for seed in (1, 2, 3)
         ]
-        for family in ("qwen2", "qwen3")
+        for family in ("qwen2", "qwen3", *MIXTURES)
     }
 
 
@@ -62,8 +62,8 @@ def megatron_step(policy_dir, reference_dir, sampling_dir, parallel, algorithm, 
     from megatron_dgpo.model.policy import Policy
     from megatron_dgpo.model.reference import Reference
     from megatron_dgpo.weights.architectures import read_architecture
-    from megatron_dgpo.weights.export import write_slices
     from megatron_dgpo.weights.load import load_weights
+    from tests.full_tensors import write_slices
 
     init_device()
     config = make_config(
@@ -127,6 +127,12 @@ def test_step_equals_the_oracle(models, layout, family):
         check(*models[family][:2], None, layout, ALGORITHMS[name], with_old=name != "grpo")
 
 
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("layout", MIXTURE_LAYOUTS)
+def test_step_of_a_mixture_equals_the_oracle(models, layout, family):
+    check(*models[family][:2], None, layout, ALGORITHMS["paper"], with_old=True)
+
+
 @pytest.mark.parametrize("scored_by", ["sampling", "current"])
 @pytest.mark.parametrize("layout", ["tp1", "tp2-pp2"])
 def test_a_later_minibatch_equals_the_oracle(models, layout, scored_by):
@@ -135,7 +141,7 @@ def test_a_later_minibatch_equals_the_oracle(models, layout, scored_by):
 
 
 def check(policy_dir, reference_dir, sampling_dir, layout, algorithm, with_old):
-    world_size, parallel = LAYOUTS[layout]
+    world_size, parallel = (LAYOUTS | MIXTURE_LAYOUTS)[layout]
     table = rows()
     generator = torch.Generator().manual_seed(4)
     # Near -log V, as a random model's are, so that ratios fall inside and outside the clip range.

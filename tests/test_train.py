@@ -73,10 +73,12 @@ def write_config(folder, family, parallel, **rollout):
 @pytest.mark.parametrize(
     "family, parallel, rollout",
     [
-        ("llama", {"tensor": 2}, {"transport": "memfd"}),
-        ("mistral", {}, {"transport": "memfd", "sleep": True}),
+        ("llama", {"tensor": 2}, {"transport": "memory"}),
+        ("mistral", {}, {"transport": "memory", "sleep": True}),
         ("qwen2", {"pipeline": 2}, {"transport": "shards"}),
         ("qwen3", {"data": 2}, {"transport": "shards", "sleep": True}),
+        ("mixtral", {"data": 2, "expert": 2}, {"transport": "memory"}),
+        ("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 2}, {"transport": "shards"}),
     ],
 )
 def test_three_steps(folder, monkeypatch, family, parallel, rollout):

@@ -33,6 +33,10 @@ FAMILIES = {
     "qwen2": dict(hidden_size=128, tie_word_embeddings=True),
     "qwen3": dict(head_dim=32, tie_word_embeddings=False),
 }
+MIXTURES = {
+    "qwen3_moe": dict(head_dim=32, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=64, norm_topk_prob=True),
+    "mixtral": dict(head_dim=32, num_local_experts=8, num_experts_per_tok=2, sliding_window=None),
+}
 
 
 def make_tiny_model(
@@ -46,8 +50,10 @@ def make_tiny_model(
         "mistral": transformers.MistralConfig,
         "qwen2": transformers.Qwen2Config,
         "qwen3": transformers.Qwen3Config,
+        "qwen3_moe": transformers.Qwen3MoeConfig,
+        "mixtral": transformers.MixtralConfig,
     }[family]
-    settings = SIZES | FAMILIES[family] | overrides
+    settings = SIZES | (FAMILIES | MIXTURES)[family] | overrides
     config = config_class(vocab_size=vocab_size, eos_token_id=2, bos_token_id=1, pad_token_id=0, **settings)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)

@@ -6,6 +6,7 @@ everything above runs the same code on gloo as on NCCL.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 
@@ -60,6 +61,27 @@ def _is_cuda(device) -> bool:
     )
 
 
+def _as_on_host(tensor, as_numpy: bool = False, record_stream: bool = False):
+    """Megatron's function of this purpose leaves counts that are on the host already as tensors."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+class _HostStream:
+    """A CPU has one stream, and what is asked of it is done at once."""
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, _HostStream)
+
+    def record_event(self):
+        return self
+
+    def wait_stream(self, stream) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
 _adapted = False
 
 
@@ -74,8 +96,13 @@ def _adapt_to_cpu() -> None:
     torch.cuda.manual_seed = torch.manual_seed
     torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # A mixture of experts copies its token counts to the host beside the computation. Here they are there already.
+    torch.cuda.Stream = torch.cuda.current_stream = _HostStream
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
 
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_on_host
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     _CudaMeansCpu().__enter__()

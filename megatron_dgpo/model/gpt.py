@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 
 from megatron_dgpo.config import Config
-from megatron_dgpo.model.layer_specs import block_spec
+from megatron_dgpo.model.layer_specs import block_spec, uses_transformer_engine
 from megatron_dgpo.weights.architectures import Architecture
 from megatron_dgpo.weights.slices import padded_vocab_size
 
@@ -87,6 +87,7 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
         recompute_method="uniform" if model.recompute == "full" else None,
         recompute_num_layers=1 if model.recompute == "full" else None,
         calculate_per_token_loss=True,
+        **(_mixture(config, architecture) if architecture.num_experts else {}),
         # Every parameter is loaded: drawing random ones first would only take time.
         perform_initialization=False,
         use_cpu_initialization=not torch.cuda.is_available(),
@@ -96,6 +97,24 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
         bias_activation_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+    )
+
+
+def _mixture(config: Config, architecture: Architecture) -> dict:
+    """No load-balancing loss: it would pull the policy away from the objective."""
+    return dict(
+        num_moe_experts=architecture.num_experts,
+        moe_ffn_hidden_size=architecture.expert_ffn_hidden_size,
+        moe_router_topk=architecture.experts_per_token,
+        moe_router_pre_softmax=not architecture.normalized_routing,
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        # Which experts a token goes to must not depend on the rounding of bfloat16.
+        moe_router_dtype="fp32",
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=uses_transformer_engine(config.model.layer_spec),
+        expert_model_parallel_size=config.parallel.expert,
+        expert_tensor_parallel_size=1,
     )
 
 
@@ -130,8 +149,12 @@ def build_chunks(config: Config, architecture: Architecture) -> list[HiddenState
 def _mark_split_weights(chunk: torch.nn.Module) -> None:
     """Say which weights are one rank's part: the gradient's norm counts all others on the first rank only.
 
-    Megatron 0.16 says so only for weights that it initialises.
+    Megatron 0.16 says so only for weights that it initialises. It also takes experts for weights that all replicas
+    share unless there are several expert-parallel ranks, although tensor-parallel ranks share them too.
     """
+    for name, parameter in chunk.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False
     for module in chunk.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
             # A tied head has no weight of its own.

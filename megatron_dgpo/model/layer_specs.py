@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 
@@ -29,7 +31,12 @@ def block_spec(config: TransformerConfig, layer_spec: str, vp_stage: int | None)
     if uses_transformer_engine(layer_spec):
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
+        norm = TENorm
     else:
         layer, norm = _portable_layer(config), RMSNorm
     layers = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
@@ -49,18 +56,27 @@ def _portable_layer(config: TransformerConfig) -> ModuleSpec:
             k_layernorm=head_norm,
         ),
     )
-    mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
+    norm, mlp = _portable_mlp(config)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+def _portable_mlp(config: TransformerConfig) -> tuple[type, ModuleSpec]:
+    """(the norm before it, the MLP or mixture of experts): a dense MLP's norm is part of its first linear layer."""
+    if config.num_moe_experts:
+        mixture = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts)
+        mixture.submodules.router = Float32Router
+        return RMSNorm, mixture
+    submodules = MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return IdentityOp, ModuleSpec(module=MLP, submodules=submodules)
 
 
 class RMSNorm(torch.nn.Module):
@@ -74,6 +90,14 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+
+
+class Float32Router(TopKRouter):
+    """Megatron's router; its own product in float32 needs Transformer Engine."""
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., H] to [..., experts] float32 logits."""
+        return F.linear(input.float(), self.weight.float())
 
 
 class NormColumnParallelLinear(ColumnParallelLinear):

@@ -23,7 +23,13 @@ def data_parallel_size(parallel: Parallel, world_size: int) -> int:
         raise UsageError(
             f"{sizes} = {model} ranks do not fill {world_size} ranks; start a multiple of {model}, or change the sizes"
         )
-    return world_size // model
+    replicas = world_size // model
+    if parallel.tensor * replicas % parallel.expert:
+        raise UsageError(
+            f"parallel.expert={parallel.expert} does not divide the {parallel.tensor * replicas} ranks of a pipeline "
+            "stage (parallel.tensor × parallel.data)"
+        )
+    return replicas
 
 
 def initialize_parallel(parallel: Parallel, seed: int) -> None:
@@ -34,6 +40,8 @@ def initialize_parallel(parallel: Parallel, seed: int) -> None:
         parallel.tensor,
         parallel.pipeline,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
@@ -41,14 +49,19 @@ def initialize_parallel(parallel: Parallel, seed: int) -> None:
 def trainer_layout(parallel: Parallel) -> TrainerLayout:
     """This run's, after `initialize_parallel`; raises RuntimeError if Megatron numbers its ranks in another way."""
     layout = TrainerLayout(
-        parallel.tensor, parallel.pipeline, parallel.chunks_per_stage, parallel_state.get_data_parallel_world_size()
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.chunks_per_stage,
+        parallel_state.get_data_parallel_world_size(),
+        parallel.expert,
     )
     rank = layout.rank(
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_data_parallel_rank(),
     )
-    if rank != dist.get_rank():
+    expert_rank = parallel_state.get_expert_model_parallel_rank()
+    if rank != dist.get_rank() or layout.expert_rank(rank) != expert_rank:
         raise RuntimeError(f"rank {dist.get_rank()} is {rank} in {layout}: Megatron's order of ranks has changed")
     return layout
 

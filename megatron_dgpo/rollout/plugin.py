@@ -7,15 +7,17 @@ import os
 
 from megatron_dgpo import stop
 
+BACKEND = "megatron_dgpo"
+"""Its name among vLLM's: `--weight-transfer-config '{"backend": "megatron_dgpo"}'`."""
+
 
 def register() -> None:
-    """Make our weight transports known to vLLM, and its CPU workers' shared memory vanish with them."""
+    """Make our weight transfer known to vLLM, and its CPU workers' shared memory vanish with them."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    if "memfd" in WeightTransferEngineFactory._registry:
+    if BACKEND in WeightTransferEngineFactory._registry:
         return
-    WeightTransferEngineFactory.register_engine("memfd", "megatron_dgpo.rollout.transport", "MemfdEngine")
-    WeightTransferEngineFactory.register_engine("shards", "megatron_dgpo.rollout.transport", "ShardEngine")
+    WeightTransferEngineFactory.register_engine(BACKEND, "megatron_dgpo.rollout.transport", "ShardEngine")
     _unlink_joined_shared_memory()
     # vLLM starts processes, which may unblock them.
     stop.keep_blocked()

@@ -15,6 +15,7 @@ from megatron_dgpo.cluster import Node
 from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.rollout.guard import SECRET
+from megatron_dgpo.rollout.plugin import BACKEND
 from megatron_dgpo.weights.distributed import is_distributed
 
 ADDRESSES = "MEGATRON_DGPO_ADDRESSES"
@@ -52,9 +53,9 @@ def transport(config: Config) -> str:
     if config.rollout.transport != "auto":
         return config.rollout.transport
     if not torch.cuda.is_available():
-        return "memfd"
+        return "memory"
     # NCCL refuses two ranks on one GPU.
-    return "ipc" if config.rollout.sleep else "nccl"
+    return "ipc" if config.rollout.sleep else "shards"
 
 
 def dtype(config: Config) -> str:
@@ -76,6 +77,7 @@ def command(config: Config, port: int, host: str = "127.0.0.1") -> list[str]:
         *("--host", host, "--port", str(port)),
         *("--dtype", dtype(config)),
         *("--tensor-parallel-size", str(rollout.tensor)),
+        *(("--enable-expert-parallel",) if rollout.expert_parallel else ()),
         *("--max-model-len", str(rollout.context_tokens)),
         *("--max-num-seqs", str(rollout.max_concurrent)),
         *("--seed", str(config.run.seed)),
@@ -83,7 +85,7 @@ def command(config: Config, port: int, host: str = "127.0.0.1") -> list[str]:
         *("--logprobs-mode", "processed_logprobs"),
         # Sampling settings that a model directory brings along would change that distribution.
         *("--generation-config", "vllm"),
-        *("--weight-transfer-config", json.dumps({"backend": transport(config)})),
+        *("--weight-transfer-config", json.dumps({"backend": "ipc" if transport(config) == "ipc" else BACKEND})),
         *("--worker-extension-cls", "megatron_dgpo.rollout.transport.WorkerExtension"),
         *("--middleware", "megatron_dgpo.rollout.guard.SecretMiddleware"),
         # /inference/v1/generate: token ids in, token ids out.

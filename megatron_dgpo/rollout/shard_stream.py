@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
+import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -13,14 +16,38 @@ import torch.distributed as dist
 from megatron_dgpo.weights.resharding import Move
 
 
-def join_group(host: str, port: int, rank: int, size: int, timeout_s: float) -> dist.ProcessGroup:
-    """Trainer ranks come first; rank 0 keeps the store that all meet at. Returns when every member has joined.
+@dataclass(frozen=True)
+class Meeting:
+    """Where trainer ranks and workers find one another: a store that trainer rank 0 keeps."""
 
-    Raises after timeout_s where one does not. Collective over trainer and workers. gloo on CPU, NCCL on GPUs.
-    """
+    host: str
+    port: int
+    token: str
+    """A secret. The store answers anyone who reaches it, but only to those who know its keys' names."""
+    timeout_s: float
+    """Longest wait for another member, then and later."""
+
+
+def open_meeting(host: str, timeout_s: float) -> tuple[Meeting, dist.TCPStore]:
+    """Listens on this address only."""
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
     timeout = timedelta(seconds=timeout_s)
-    store = dist.TCPStore(host, port, size, rank == 0, timeout=timeout, wait_for_workers=False)
-    prefixed = dist.PrefixStore("megatron_dgpo_shards", store)
+    store = dist.TCPStore(
+        host, port, None, True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+    return Meeting(host, port, secrets.token_urlsafe(16), timeout_s), store
+
+
+def join_group(meeting: Meeting, rank: int, size: int, store: dist.TCPStore | None = None) -> dist.ProcessGroup:
+    """Trainer ranks come first; rank 0 gives its store. Returns when every member has joined.
+
+    Raises after the meeting's timeout where one does not. Collective over trainer and workers. gloo on CPU, NCCL on
+    GPUs.
+    """
+    timeout = timedelta(seconds=meeting.timeout_s)
+    store = store or dist.TCPStore(meeting.host, meeting.port, timeout=timeout, wait_for_workers=False)
+    prefixed = dist.PrefixStore(f"megatron_dgpo_{meeting.token}", store)
     if torch.cuda.is_available():
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout

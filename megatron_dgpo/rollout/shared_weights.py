@@ -1,8 +1,4 @@
-"""All weights in one anonymous memory file: trainer ranks write their slices, vLLM's workers read whole tensors.
-
-The file has no name in any file system. It is reached through its creator's file descriptor, and vanishes with the
-last process that holds it, however that ends.
-"""
+"""A rank's weights in memory that vLLM's workers on the same machine read in place."""
 
 from __future__ import annotations
 
@@ -10,57 +6,76 @@ import math
 import mmap
 import os
 import re
-import zlib
+import resource
 from dataclasses import dataclass
 
 import torch
 
-_ALIGNMENT = 64
+from megatron_dgpo.errors import UsageError
+
 _PATH = re.compile(r"/proc/\d+/fd/\d+")
+_SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where each tensor lies: [(name, shape, offset)], all of one dtype, offsets in bytes."""
+class Handle:
+    """Where other processes of the same user find a tensor, as long as its owner lives."""
 
-    dtype: str
-    tensors: list[tuple[str, list[int], int]]
+    path: str
+    """The owner's file descriptor: the memory has no name in any file system, and goes with its last user."""
     num_bytes: int
-
-    @classmethod
-    def of(cls, shapes: dict[str, tuple[int, ...]], dtype: str) -> Layout:
-        size, offset, tensors = getattr(torch, dtype).itemsize, 0, []
-        for name, shape in shapes.items():
-            tensors.append((name, list(shape), offset))
-            offset += -(-math.prod(shape) * size // _ALIGNMENT) * _ALIGNMENT
-        return cls(dtype, tensors, offset)
-
-    def views(self, memory: mmap.mmap) -> dict[str, torch.Tensor]:
-        dtype = getattr(torch, self.dtype)
-        return {
-            name: torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
-            for name, shape, offset in self.tensors
-        }
+    """Of all that is there."""
+    dtype: str
+    offset: int
+    """Of the tensor, in bytes."""
+    shape: tuple[int, ...]
 
 
-def create(layout: Layout) -> str:
-    """Reserve the memory in this process; returns the path by which others reach it while this process lives."""
-    descriptor = os.memfd_create("megatron_dgpo_weights", os.MFD_CLOEXEC)
-    os.ftruncate(descriptor, layout.num_bytes)
-    return f"/proc/{os.getpid()}/fd/{descriptor}"
+def share(tensors: dict[str, torch.Tensor]) -> dict[str, Handle]:
+    """Move contiguous CPU tensors to shared memory where they stand: all views of their storages stay valid.
+
+    Raises UsageError when there is not enough of it.
+    """
+    # Views of one storage have one entry, by the address it has now.
+    _check_space({s.data_ptr(): s.nbytes() for t in tensors.values() if not (s := t.untyped_storage()).is_shared()})
+    handles = {}
+    for name, tensor in tensors.items():
+        descriptor, num_bytes = tensor.untyped_storage()._share_fd_cpu_()
+        path, offset = f"/proc/{os.getpid()}/fd/{descriptor}", tensor.storage_offset() * tensor.element_size()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        handles[name] = Handle(path, num_bytes, dtype, offset, tuple(tensor.shape))
+    return handles
 
 
-def attach(path: str, layout: Layout) -> dict[str, torch.Tensor]:
-    """{name: tensor in the shared memory}. Raises ValueError for any path but a process's file descriptor."""
-    if not _PATH.fullmatch(path):
-        raise ValueError(f"{path!r} is not the file descriptor of a process")
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        return layout.views(mmap.mmap(descriptor, layout.num_bytes))
-    finally:
-        os.close(descriptor)
+def _check_space(storages: dict[int, int]) -> None:
+    needed, space = sum(storages.values()), os.statvfs(_SHARED_MEMORY)
+    if needed > space.f_bavail * space.f_frsize:
+        raise UsageError(
+            f"rollout.transport=memory needs {needed / 2**20:,.0f} MiB of {_SHARED_MEMORY}, which has "
+            f"{space.f_bavail * space.f_frsize / 2**20:,.0f} MiB left: enlarge it, or use rollout.transport=shards"
+        )
+    allowed, used = resource.getrlimit(resource.RLIMIT_NOFILE)[0], len(os.listdir("/proc/self/fd"))
+    if len(storages) > allowed - used:
+        raise UsageError(
+            f"rollout.transport=memory needs an open file for each of {len(storages)} parameters, and `ulimit -n` "
+            f"allows {allowed - used} more: raise it, or use rollout.transport=shards"
+        )
 
 
-def crc32(tensor: torch.Tensor) -> int:
-    """CRC-32 of a contiguous CPU tensor's bytes."""
-    return zlib.crc32(tensor.view(-1).view(torch.uint8).numpy())
+def attach(handles: dict[str, Handle]) -> dict[str, torch.Tensor]:
+    """The tensors, for reading. Raises ValueError for any path but a process's file descriptor."""
+    memories: dict[str, mmap.mmap] = {}
+    found = {}
+    for name, handle in handles.items():
+        if not _PATH.fullmatch(handle.path):
+            raise ValueError(f"{handle.path!r} is not the file descriptor of a process")
+        if handle.path not in memories:
+            descriptor = os.open(handle.path, os.O_RDWR)
+            try:
+                memories[handle.path] = mmap.mmap(descriptor, handle.num_bytes)
+            finally:
+                os.close(descriptor)
+        dtype, count = getattr(torch, handle.dtype), math.prod(handle.shape)
+        flat = torch.frombuffer(memories[handle.path], dtype=dtype, count=count, offset=handle.offset)
+        found[name] = flat.view(handle.shape)
+    return found

@@ -1,8 +1,10 @@
-"""Inside vLLM's workers: the `memfd` weight transport, for servers on the trainer's machine, and `shards`, for any."""
+"""Inside vLLM's workers: each gets its own shards and nothing else, read in place or received, into its live model."""
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +22,8 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     make_online_process_loader,
 )
 
-from megatron_dgpo.rollout.shard_stream import join_group, receive_buckets
-from megatron_dgpo.rollout.shared_weights import Layout, attach, crc32
+from megatron_dgpo.rollout.shard_stream import Meeting, join_group, receive_buckets
+from megatron_dgpo.rollout.shared_weights import Handle, attach
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.resharding import (
     Move,
@@ -39,28 +41,16 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class MemfdInit(WeightTransferInitInfo):
-    pass
-
-
-@dataclass
-class MemfdUpdate(WeightTransferUpdateInfo):
-    path: str
-    dtype: str
-    tensors: list
-    num_bytes: int
-
-
-@dataclass
 class ShardInit(WeightTransferInitInfo):
-    host: str
-    port: int
     trainer: dict
     """Fields of TrainerLayout."""
     server: int
     servers: int
     bucket_numel: int
-    timeout_s: float
+    meeting: dict | None = None
+    """Fields of Meeting, where shards are sent."""
+    memory: list | None = None
+    """{Megatron name: fields of Handle} of every trainer rank, where they are read in place."""
 
 
 @dataclass
@@ -69,14 +59,55 @@ class ShardUpdate(WeightTransferUpdateInfo):
     """vLLM parameters whose checksums are wanted."""
 
 
-class _LayerwiseEngine(WeightTransferEngine):
+class ShardEngine(WeightTransferEngine):
     """Loads through vLLM's layerwise reload, which also packs and quantises; one layer exists twice at a time."""
 
+    init_info_cls = ShardInit
+    update_info_cls = ShardUpdate
     checksums: dict[str, int] = {}
     """Of the last finished update."""
+    failure: str = ""
+    """Why the last update broke off."""
+
+    def init_transfer_engine(self, init_info: ShardInit) -> None:
+        architecture = read_architecture(Path(self.model_config.model))
+        trainer, parallel = TrainerLayout(**init_info.trainer), self.parallel_config
+        vllm = VllmLayout(parallel.tensor_parallel_size, init_info.servers, parallel.enable_expert_parallel)
+        self._worker = init_info.server * vllm.tensor + parallel.rank
+        parameters = vllm_parameters(architecture)
+        self._shapes = {name: vllm_shape(architecture, parameter, vllm) for name, parameter in parameters.items()}
+        self._check_shapes()
+        self._buckets = [
+            [move for move in bucket if move.worker == self._worker]
+            for bucket in buckets(plan_moves(architecture, trainer, vllm), init_info.bucket_numel)
+        ]
+        moves = list(itertools.chain.from_iterable(self._buckets))
+        # Rows of the vocabulary; padding follows them.
+        self._rows = {
+            move.target: move.target_start[0] + move.shape[0]
+            for move in moves
+            if parameters[move.target].split == "vocab"
+        }
+        self._group, self._memory = None, {}
+        if init_info.memory:
+            needed: dict[int, dict[str, Handle]] = defaultdict(dict)
+            for move in moves:
+                needed[move.rank][move.source] = Handle(**init_info.memory[move.rank][move.source])
+            self._memory = {rank: attach(handles) for rank, handles in needed.items()}
+        else:
+            meeting = Meeting(**init_info.meeting)
+            size = trainer.world_size + vllm.num_workers
+            self._group = join_group(meeting, trainer.world_size + self._worker, size)
+
+    def _check_shapes(self) -> None:
+        """That vLLM cuts this model as the plan does. Its packed parameters have lost their shapes by now."""
+        for name, shape in self._shapes.items():
+            layer, _, parameter = name.rpartition(".")
+            found = get_layerwise_info(self.model.get_submodule(layer)).restore_metadata[0].get(parameter)
+            if found is not None and tuple(found.shape) != shape:
+                raise ValueError(f"vLLM's {name} has shape {tuple(found.shape)}, the plan says {shape}")
 
     def start_weight_update(self) -> None:
-        self._received: dict[str, int] = {}
         for module in self.model.modules():
             # Without this a CPU worker skips packing the experts anew and computes with garbage.
             method = getattr(module, "quant_method", None)
@@ -94,81 +125,27 @@ class _LayerwiseEngine(WeightTransferEngine):
         self.receive_weights(self.parse_update_info(update_info))
 
     def finish_weight_update(self) -> None:
+        # A layer with padding is put together only by this.
         finalize_layerwise_reload(self.model, self.model_config)
         for module in self.model.modules():
             # A tied head keeps a packed copy of the embedding that the reload does not renew.
             if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
                 module.quant_method.process_weights_after_loading(module)
-        self.checksums = self._received
-
-
-class MemfdEngine(_LayerwiseEngine):
-    """Full Hugging Face tensors from the trainer's memory, which vLLM's loaders cut."""
-
-    init_info_cls = MemfdInit
-    update_info_cls = MemfdUpdate
-
-    def init_transfer_engine(self, init_info: MemfdInit) -> None:
-        self._weights: dict[str, torch.Tensor] = {}
-
-    def receive_weights(self, update: MemfdUpdate) -> None:
-        tensors = [tuple(entry) for entry in update.tensors]
-        # Kept until the update is finished: a layer is put together when the last of its tensors is in.
-        self._weights = attach(update.path, Layout(update.dtype, tensors, update.num_bytes))
-        self._received = {name: crc32(tensor) for name, tensor in self._weights.items()}
-        self.model.load_weights(iter(self._weights.items()))
-
-    def finish_weight_update(self) -> None:
-        super().finish_weight_update()
-        self._weights = {}
-
-    def shutdown(self) -> None:
-        self._weights = {}
-
-
-class ShardEngine(_LayerwiseEngine):
-    """This worker's own shards and nothing else, each piece from a trainer rank that holds it."""
-
-    init_info_cls = ShardInit
-    update_info_cls = ShardUpdate
-    failure: str = ""
-    """Why the last update broke off."""
-
-    def init_transfer_engine(self, init_info: ShardInit) -> None:
-        architecture = read_architecture(Path(self.model_config.model))
-        trainer = TrainerLayout(**init_info.trainer)
-        vllm = VllmLayout(self.parallel_config.tensor_parallel_size, init_info.servers)
-        self._worker = init_info.server * vllm.tensor + self.parallel_config.rank
-        self._shapes = {name: vllm_shape(architecture, name, vllm.tensor) for name in vllm_parameters(architecture)}
-        self._check_shapes()
-        self._buckets = [
-            [move for move in bucket if move.worker == self._worker]
-            for bucket in buckets(plan_moves(architecture, trainer, vllm), init_info.bucket_numel)
-        ]
-        mine = [move for bucket in self._buckets for move in bucket if move.dim == 0]
-        self._rows = {move.target: move.target_start + move.length for move in mine}
-        self._group = join_group(
-            init_info.host,
-            init_info.port,
-            trainer.world_size + self._worker,
-            trainer.world_size + vllm.num_workers,
-            init_info.timeout_s,
-        )
-
-    def _check_shapes(self) -> None:
-        """That vLLM cuts this model as the plan does. Its packed parameters have lost their shapes by now."""
-        for name, shape in self._shapes.items():
-            layer, _, parameter = name.rpartition(".")
-            found = get_layerwise_info(self.model.get_submodule(layer)).restore_metadata[0].get(parameter)
-            if found is not None and tuple(found.shape) != shape:
-                raise ValueError(f"vLLM's {name} has shape {tuple(found.shape)}, the plan says {shape}")
+        self.checksums = {}
+        for move, value in self._pieces.items():
+            self.checksums[move.target] = wrapped_sum(self.checksums.get(move.target, 0), value)
 
     def receive_weights(self, update: ShardUpdate) -> None:
         """Never raises: when one of several workers does, vLLM takes the others' answers for those to its next call."""
         self.failure = ""
         self._sample, self._pieces = set(update.checksums), {}
         try:
-            receive_buckets(self._group, self._buckets, self._load, self.model_config.dtype, self.device)
+            if self._group is None:
+                for move in itertools.chain.from_iterable(self._buckets):
+                    shard = self._memory[move.rank][move.source]
+                    self._load(move, move.of_source(shard).to(self.model_config.dtype))
+            else:
+                receive_buckets(self._group, self._buckets, self._load, self.model_config.dtype, self.device)
         except Exception as error:
             logger.exception("a weight update broke off")
             self.failure = f"vLLM worker {self._worker}: {error}"
@@ -184,26 +161,20 @@ class ShardEngine(_LayerwiseEngine):
 
     def _copy(self, param: torch.Tensor, piece: torch.Tensor, move: Move) -> None:
         """Called twice by the reload: at once, mostly on a tensor without memory, and when its layer is complete."""
-        place = param.data.narrow(move.dim, move.target_start, move.length)
+        place = move.of_target(param.data)
         place.copy_(piece)
         if param.is_meta:
             return
-        if move.dim == 0 and move.target_start + move.length == self._rows[move.target]:
-            # Rows of padding, fresh from the allocator.
+        if move.target_start[0] + move.shape[0] == self._rows.get(move.target):
+            # Padding, fresh from the allocator.
             param.data[self._rows[move.target] :].zero_()
         if move.target in self._sample:
             # Read back from where the model has it, before any packing. (vLLM keeps biases in float32 on CPU.)
-            value = checksum(place.to(piece.dtype), self._shapes[move.target], move.dim, move.target_start)
+            value = checksum(place.to(piece.dtype), self._shapes[move.target], move.target_start)
             self._pieces[move] = value
 
-    def finish_weight_update(self) -> None:
-        # A layer with padding is put together only by this.
-        super().finish_weight_update()
-        for move, value in self._pieces.items():
-            self.checksums[move.target] = wrapped_sum(self.checksums.get(move.target, 0), value)
-
     def shutdown(self) -> None:
-        self._group = None
+        self._group, self._memory = None, {}
 
 
 class WorkerExtension:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
@@ -14,10 +15,8 @@ import torch.distributed as dist
 from megatron_dgpo.config import Rollout
 from megatron_dgpo.rollout import shared_weights
 from megatron_dgpo.rollout.client import Engines
-from megatron_dgpo.rollout.server import free_port
-from megatron_dgpo.rollout.shard_stream import join_group, send_buckets
+from megatron_dgpo.rollout.shard_stream import join_group, open_meeting, send_buckets
 from megatron_dgpo.weights.architectures import Architecture
-from megatron_dgpo.weights.load import named_shards
 from megatron_dgpo.weights.resharding import (
     Move,
     TrainerLayout,
@@ -33,108 +32,94 @@ from megatron_dgpo.weights.resharding import (
 # One vLLM parameter in so many is compared after each update, others after the next.
 _SAMPLED = 16
 
-Write = Callable[[dict[str, torch.Tensor]], None]
-
 
 class StaleWeightsError(RuntimeError):
     """A server does not hold the policy's weights; says which server, version and tensors."""
 
 
-class MemfdSync:
-    """Pushes weights through memory shared with the servers of this machine; every rank writes its own slices.
-
-    All methods are collective over all ranks. engines: on global rank 0, None elsewhere. shapes: of every full Hugging
-    Face tensor. write: fills this rank's slices of them.
-    """
-
-    def __init__(self, engines: Engines | None, shapes: dict[str, tuple[int, ...]], dtype: str, write: Write) -> None:
-        self._engines = engines
-        self._write = write
-        self._layout = shared_weights.Layout.of(shapes, dtype)
-        path = shared_weights.create(self._layout) if dist.get_rank() == 0 else None
-        self._path = from_rank_0(lambda: path)
-        self._weights = shared_weights.attach(self._path, self._layout)
-        from_rank_0(lambda: engines.init_weight_transfer_engine([{}] * len(engines.addresses)))
-
-    def push(self, version: int) -> None:
-        """Make every server serve the current weights as `version`. Collectives: two object broadcasts, a barrier."""
-        with torch.no_grad():
-            self._write(self._weights)
-        dist.barrier()
-        from_rank_0(lambda: self._update(version))
-
-    def _update(self, version: int) -> None:
-        self._engines.start_weight_update()
-        self._engines.update_weights({"path": self._path, **dataclasses.asdict(self._layout)})
-        self._engines.finish_weight_update(str(version))
-
-    def differing_tensors(self, address: str) -> list[str]:
-        """Rank 0 only: tensors of a server's last finished update whose bytes are not the trainer's."""
-        expected = {name: shared_weights.crc32(tensor) for name, tensor in self._weights.items()}
-        workers = self._engines.call_workers(address, "received_checksums")
-        return [name for name, value in expected.items() if any(worker.get(name) != value for worker in workers)]
-
-
 class ShardSync:
-    """Sends every worker its own shards, bucket by bucket, from the ranks that hold them. vLLM's workers do the rest.
+    """Gives every worker its own shards from the ranks that hold them; vLLM's workers do the rest.
 
-    All methods are collective over all ranks. engines: on global rank 0, None elsewhere.
+    Workers on this machine read them in place where the trainer has them in shared memory; to others they travel bucket
+    by bucket. All methods are collective over all ranks. engines: on global rank 0, None elsewhere.
     """
 
     def __init__(
         self,
         engines: Engines | None,
-        modules: list[torch.nn.Module],
+        shards: dict[str, torch.Tensor],
         architecture: Architecture,
         trainer: TrainerLayout,
         rollout: Rollout,
         dtype: torch.dtype,
+        in_place: bool,
     ) -> None:
-        """dtype: of the servers' weights. Returns when all workers have joined the group of both sides."""
-        self._engines, self._dtype, self._all = engines, dtype, rollout.check_all_weights
-        servers = from_rank_0(lambda: len(engines.addresses))
-        vllm = VllmLayout(rollout.tensor, servers)
-        self._targets, self._workers_per_server = list(vllm_parameters(architecture)), rollout.tensor
-        self._target_shapes = {name: vllm_shape(architecture, name, rollout.tensor) for name in self._targets}
-        self._shards = dict(named_shards(modules))
+        """shards: this rank's, by global Megatron name; their memory must stay theirs. dtype: of the servers' weights.
+
+        Returns when all workers have attached to the memory, or joined the group of both sides.
+        """
+        self._engines, self._shards, self._dtype = engines, shards, dtype
+        self._all, self._workers_per_server = rollout.check_all_weights, rollout.tensor
+        servers, rank = from_rank_0(lambda: len(engines.addresses)), dist.get_rank()
+        vllm = VllmLayout(rollout.tensor, servers, rollout.expert_parallel)
+        self._target_shapes = {
+            name: vllm_shape(architecture, parameter, vllm) for name, parameter in vllm_parameters(architecture).items()
+        }
         numel = max(1, rollout.bucket_bytes // dtype.itemsize)
-        rank, self._first_worker = dist.get_rank(), trainer.world_size
         self._buckets = [
             [move for move in bucket if move.rank == rank]
             for bucket in buckets(plan_moves(architecture, trainer, vllm), numel)
         ]
         self._expected: dict[tuple[int, str], int] = {}
-        host, port = from_rank_0(lambda: (_own_address(engines.addresses), free_port()))
-        info = {"host": host, "port": port, "trainer": dataclasses.asdict(trainer), "servers": servers}
-        info |= {"bucket_numel": numel, "timeout_s": rollout.transfer_timeout_s}
-        with self._request(lambda: engines.init_weight_transfer_engine([info | {"server": i} for i in range(servers)])):
-            size = trainer.world_size + vllm.num_workers
-            self._group = join_group(host, port, rank, size, rollout.transfer_timeout_s)
+        self._first_worker, self._group = trainer.world_size, None
+        info = {"trainer": dataclasses.asdict(trainer), "servers": servers, "bucket_numel": numel}
+        if in_place:
+            handles = {name: dataclasses.asdict(handle) for name, handle in shared_weights.share(shards).items()}
+            self._addresses = {name: shard.data_ptr() for name, shard in shards.items()}
+            info["memory"] = _all_gather(handles)
+            with self._request(lambda: self._initialize(info)):
+                pass
+        else:
+            self._addresses = {}
+            store, meeting = None, None
+            if engines:
+                meeting, store = open_meeting(_own_address(engines.addresses), rollout.transfer_timeout_s)
+            meeting = from_rank_0(lambda: meeting)
+            info["meeting"] = dataclasses.asdict(meeting)
+            with self._request(lambda: self._initialize(info)):
+                self._group = join_group(meeting, rank, trainer.world_size + vllm.num_workers, store)
+
+    def _initialize(self, info: dict) -> None:
+        self._engines.init_weight_transfer_engine([info | {"server": i} for i in range(info["servers"])])
 
     @torch.no_grad()
     def push(self, version: int) -> None:
         """Make every server serve the current weights as `version`; remembers checksums of a sample, or of all.
 
-        Collectives: three object broadcasts, two object all-gathers; one message per bucket, rank and worker.
+        Collectives: three object broadcasts and all-gathers; one message per bucket, rank and worker, or none.
         """
-        sample = {name for i, name in enumerate(self._targets) if self._all or (i + version) % _SAMPLED == 0}
+        self._check_in_place()
+        sample = {name for i, name in enumerate(self._target_shapes) if self._all or (i + version) % _SAMPLED == 0}
         from_rank_0(self._start)
         partial: dict[tuple[int, str], int] = {}
 
         def piece(move: Move) -> torch.Tensor:
             tensor = self._piece(move)
             if move.target in sample:
-                value = checksum(tensor, self._target_shapes[move.target], move.dim, move.target_start)
+                value = checksum(tensor, self._target_shapes[move.target], move.target_start)
                 key = move.worker, move.target
                 partial[key] = wrapped_sum(partial.get(key, 0), value)
             return tensor
 
         with self._request(lambda: self._update({"checksums": sorted(sample)})):
-            send_buckets(self._group, self._buckets, piece, self._first_worker)
-        shares: list = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, partial)
+            if self._group:
+                send_buckets(self._group, self._buckets, piece, self._first_worker)
+            else:
+                for move in itertools.chain.from_iterable(self._buckets):
+                    if move.target in sample:
+                        piece(move)
         self._expected = {}
-        for key, value in (item for share in shares for item in share.items()):
+        for key, value in (item for share in _all_gather(partial) for item in share.items()):
             self._expected[key] = wrapped_sum(self._expected.get(key, 0), value)
         from_rank_0(lambda: self._engines.finish_weight_update(str(version)))
 
@@ -150,9 +135,15 @@ class ShardSync:
             if failures:
                 raise StaleWeightsError(f"{address}, {failures[0]}")
 
+    def _check_in_place(self) -> None:
+        """Workers would go on reading memory that a parameter has left. Any rank's error is everyone's."""
+        moved = [name for name, address in self._addresses.items() if self._shards[name].data_ptr() != address]
+        moved = [name for share in _all_gather(moved) for name in share]
+        if moved:
+            raise StaleWeightsError(f"{_listed(moved)}: no longer in the memory that the servers read")
+
     def _piece(self, move: Move) -> torch.Tensor:
-        source = self._shards[move.source].detach()
-        return source.narrow(move.dim, move.source_start, move.length).to(self._dtype)
+        return move.of_source(self._shards[move.source].detach()).to(self._dtype)
 
     @contextlib.contextmanager
     def _request(self, request: Callable):
@@ -172,9 +163,7 @@ class ShardSync:
                     answer.result()
             except Exception as error:
                 failures.insert(0, str(error))
-        shares: list = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, failures)
-        failures = [failure for share in shares for failure in share]
+        failures = [failure for share in _all_gather(failures) for failure in share]
         if failures:
             raise StaleWeightsError("the weight update broke off: " + "; ".join(failures))
 
@@ -200,26 +189,19 @@ def _own_address(servers: list[str]) -> str:
     return get_ip()
 
 
-class VllmSync:
-    """Pushes weights with vLLM's own trainer engines, `nccl` or `ipc`, from a collective stream of full tensors.
+class IpcSync:
+    """Pushes gathered weights with vLLM's own `ipc` engine, for servers on the ranks' own GPUs.
 
     Written from vLLM 0.32's sources and not yet run: no machine with a GPU was at hand.
     """
 
-    def __init__(self, engines: Engines | None, source, transport: str, workers_per_server: int, servers: int) -> None:
+    def __init__(self, engines: Engines | None, source) -> None:
         """source: a vLLM WeightSource, the same on every rank."""
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-        from vllm.utils.network_utils import get_ip, get_open_port
 
-        self._engines, self._workers_per_server, self._version = engines, workers_per_server, 0
-        rank = dist.get_rank()
-        if transport == "nccl":
-            host, port = from_rank_0(lambda: (get_ip(), get_open_port()))
-            info = NCCLTrainerInitInfo(host, port, 1 + workers_per_server * servers, rank=rank)
-        else:
-            info = IPCTrainerInitInfo(rank=rank)
+        self._engines, self._version = engines, 0
+        info = IPCTrainerInitInfo(rank=dist.get_rank())
         self._trainer = WeightTransferTrainerFactory.trainer_init(info, client=self, source=source)
 
     def push(self, version: int) -> None:
@@ -228,19 +210,13 @@ class VllmSync:
         dist.barrier()
 
     def differing_tensors(self, address: str) -> list[str]:
-        """Not known: vLLM's own transports keep no checksums. The version and the log-probs are still checked."""
+        """Not known: vLLM's own transport keeps no checksums. The version and the log-probs are still checked."""
         return []
 
     # vLLM's VLLMWeightSyncClient protocol, called by its trainer engine on rank 0.
 
     def init_weight_transfer_engine(self, init_info: dict) -> None:
-        # The ranks of one NCCL group, given out server by server.
-        count, offset = self._workers_per_server, init_info.get("rank_offset")
-        infos = [
-            init_info if offset is None else init_info | {"rank_offset": offset + place * count}
-            for place in range(len(self._engines.addresses))
-        ]
-        self._engines.init_weight_transfer_engine(infos)
+        self._engines.init_weight_transfer_engine([init_info] * len(self._engines.addresses))
 
     def start_weight_update(self) -> None:
         self._engines.start_weight_update()
@@ -256,7 +232,7 @@ class VllmSync:
 
 def check_servers(
     engines: Engines,
-    sync: MemfdSync | VllmSync,
+    sync: ShardSync | IpcSync,
     version: int,
     probes: list[list[int]],
     expected: list[list[float]],
@@ -302,6 +278,12 @@ def from_rank_0(function: Callable):
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+def _all_gather(value) -> list:
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def _listed(names: list[str], most: int = 5) -> str:

@@ -1,12 +1,13 @@
 """The supported model families: what their Hugging Face config says, and where each Megatron tensor comes from.
 
-Adding a dense family is a line in FAMILIES; a new kind of tensor is a line in PARAMETERS.
+Adding a family is an entry in FAMILIES; a new kind of tensor is a line in one of the tables of parameters.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,10 @@ class Family:
     qk_norm: bool = False
     refused: tuple[str, ...] = ()
     """Config switches that would add tensors or change the computation; they must be off."""
+    expert_ffn: str = ""
+    """The config's key for an expert's intermediate size; empty: no mixture of experts."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Parts of the Hugging Face names in the tables below, and what this family calls them."""
 
 
 FAMILIES = {
@@ -28,14 +33,23 @@ FAMILIES = {
     "MistralForCausalLM": Family("mistral"),
     "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True),
     "Qwen3ForCausalLM": Family("qwen3", qk_norm=True, refused=("attention_bias",)),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe", qk_norm=True, refused=("attention_bias", "mlp_only_layers"), expert_ffn="moe_intermediate_size"
+    ),
+    "MixtralForCausalLM": Family(
+        "mixtral",
+        expert_ffn="intermediate_size",
+        renamed=((".mlp.", ".block_sparse_moe."), ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")),
+    ),
 }
 
 # Megatron parameter -> (how tensor-parallel ranks split it, Hugging Face tensors). Megatron's names are those of its
-# Transformer Engine layers; {} stands for the layer's number.
+# Transformer Engine layers; the first {} stands for the layer's number, the second for the expert's.
 #   vocab: rows split, padded to a multiple of the ranks    qkv: query groups split, [q.., k, v] together for each group
 #   gate_up: rows of both split, gate above up              row: columns split              copy: the same on every rank
-PARAMETERS = {
-    "embedding.word_embeddings.weight": ("vocab", "model.embed_tokens.weight"),
+# Experts are not split: each is whole on one rank of an expert-parallel group.
+EMBEDDING = {"embedding.word_embeddings.weight": ("vocab", "model.embed_tokens.weight")}
+ATTENTION = {
     "decoder.layers.{}.self_attention.linear_qkv.layer_norm_weight": ("copy", "model.layers.{}.input_layernorm.weight"),
     "decoder.layers.{}.self_attention.linear_qkv.weight": (
         "qkv",
@@ -52,6 +66,8 @@ PARAMETERS = {
     "decoder.layers.{}.self_attention.q_layernorm.weight": ("copy", "model.layers.{}.self_attn.q_norm.weight"),
     "decoder.layers.{}.self_attention.k_layernorm.weight": ("copy", "model.layers.{}.self_attn.k_norm.weight"),
     "decoder.layers.{}.self_attention.linear_proj.weight": ("row", "model.layers.{}.self_attn.o_proj.weight"),
+}
+MLP = {
     "decoder.layers.{}.mlp.linear_fc1.layer_norm_weight": ("copy", "model.layers.{}.post_attention_layernorm.weight"),
     "decoder.layers.{}.mlp.linear_fc1.weight": (
         "gate_up",
@@ -59,9 +75,31 @@ PARAMETERS = {
         "model.layers.{}.mlp.up_proj.weight",
     ),
     "decoder.layers.{}.mlp.linear_fc2.weight": ("row", "model.layers.{}.mlp.down_proj.weight"),
+}
+# SequentialMLP and TEGroupedMLP number a rank's own experts, each in its way; in checkpoints both use these names.
+MIXTURE = {
+    "decoder.layers.{}.pre_mlp_layernorm.weight": ("copy", "model.layers.{}.post_attention_layernorm.weight"),
+    "decoder.layers.{}.mlp.router.weight": ("copy", "model.layers.{}.mlp.gate.weight"),
+    "decoder.layers.{}.mlp.experts.experts.{}.linear_fc1.weight": (
+        "gate_up",
+        "model.layers.{}.mlp.experts.{}.gate_proj.weight",
+        "model.layers.{}.mlp.experts.{}.up_proj.weight",
+    ),
+    "decoder.layers.{}.mlp.experts.experts.{}.linear_fc2.weight": (
+        "row",
+        "model.layers.{}.mlp.experts.{}.down_proj.weight",
+    ),
+}
+OUTPUT = {
     "decoder.final_layernorm.weight": ("copy", "model.norm.weight"),
     "output_layer.weight": ("vocab", "lm_head.weight"),
 }
+
+
+def expert_of(name: str) -> int | None:
+    """The global number of the expert that a Megatron or Hugging Face tensor belongs to."""
+    found = re.search(r"\.experts\.(\d+)\.", name)
+    return int(found[1]) if found else None
 
 
 @dataclass(frozen=True)
@@ -86,26 +124,29 @@ class Architecture:
     max_positions: int
     sliding_window: int | None
     """Positions a token attends to, itself included; None: all before it."""
+    num_experts: int = 0
+    """Of every layer; 0: a dense model."""
+    experts_per_token: int = 0
+    expert_ffn_hidden_size: int = 0
+    normalized_routing: bool = True
+    """The chosen experts' weights add up to 1; otherwise they are softmax's over all experts."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Of Family."""
 
     @functools.cached_property
     def parameters(self) -> dict[str, tuple[str, ...]]:
-        """Global Megatron name -> (split, Hugging Face names), first layer to last."""
+        """Global Megatron name -> (split, Hugging Face names), in the order of the computation."""
         found = {}
-        for name, (split, *sources) in PARAMETERS.items():
-            if name.endswith("linear_qkv.bias") and not self.qkv_bias:
-                continue
-            if "_layernorm" in name and "self_attention" in name and not self.qk_norm:
-                continue
-            if name == "output_layer.weight" and self.tied_embeddings:
-                continue
-            for layer in range(self.num_layers) if "{}" in name else (0,):
-                found[name.format(layer)] = (split, *(source.format(layer) for source in sources))
+        for names in self._names:
+            name, split, *sources = names
+            found[name] = (split, *map(self._rename, sources))
         return found
 
     @functools.cached_property
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every Hugging Face tensor of the model; a tied head is not among them."""
-        hidden, ffn = self.hidden_size, self.ffn_hidden_size
+        hidden = self.hidden_size
+        ffn = self.expert_ffn_hidden_size if self.num_experts else self.ffn_hidden_size
         queries, keys = self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
         by_suffix = {
             "embed_tokens.weight": (self.vocab_size, hidden),
@@ -119,6 +160,7 @@ class Architecture:
             "q_norm.weight": (self.head_dim,),
             "k_norm.weight": (self.head_dim,),
             "o_proj.weight": (hidden, queries),
+            "gate.weight": (self.num_experts, hidden),
             "gate_proj.weight": (ffn, hidden),
             "up_proj.weight": (ffn, hidden),
             "down_proj.weight": (hidden, ffn),
@@ -126,8 +168,33 @@ class Architecture:
             "post_attention_layernorm.weight": (hidden,),
             "norm.weight": (hidden,),
         }
-        names = [name for _, *sources in self.parameters.values() for name in sources]
-        return {name: by_suffix[".".join(name.split(".")[-2:])] for name in names}
+        names = [name for _, _, *sources in self._names for name in sources]
+        return {self._rename(name): by_suffix[".".join(name.split(".")[-2:])] for name in names}
+
+    @functools.cached_property
+    def _names(self) -> list[tuple[str, ...]]:
+        """(Megatron name, split, Hugging Face names as in the tables) of every parameter."""
+        layer_table = ATTENTION | (MIXTURE if self.num_experts else MLP)
+        if not self.qkv_bias:
+            layer_table = {name: entry for name, entry in layer_table.items() if not name.endswith("linear_qkv.bias")}
+        if not self.qk_norm:
+            layer_table = {
+                name: entry
+                for name, entry in layer_table.items()
+                if "k_layernorm" not in name and "q_layernorm" not in name
+            }
+        found = [(name, *entry) for name, entry in EMBEDDING.items()]
+        for layer in range(self.num_layers):
+            for name, entry in layer_table.items():
+                for expert in range(self.num_experts) if name.count("{}") > 1 else (0,):
+                    found.append(tuple(text.format(layer, expert) for text in (name, *entry)))
+        found += [(name, *entry) for name, entry in OUTPUT.items()]
+        return [entry for entry in found if not (self.tied_embeddings and entry[0] == "output_layer.weight")]
+
+    def _rename(self, name: str) -> str:
+        for ours, theirs in self.renamed:
+            name = name.replace(ours, theirs)
+        return name
 
 
 def read_architecture(model_dir: Path) -> Architecture:
@@ -153,6 +220,9 @@ def read_architecture(model_dir: Path) -> Architecture:
             raise UsageError(f"{path}: {switch}={config[switch]} of {names[0]} is not supported; it must be false")
     if config.get("hidden_act", "silu") != "silu":
         raise UsageError(f"{path}: hidden_act={config['hidden_act']} is not supported; it must be silu")
+    if family.expert_ffn and config.get("decoder_sparse_step", 1) != 1:
+        step = config["decoder_sparse_step"]
+        raise UsageError(f"{path}: decoder_sparse_step={step} is not supported; every layer must have experts")
     try:
         return _architecture(config, family, path)
     except KeyError as error:
@@ -174,6 +244,17 @@ def _architecture(config: dict, family: Family, path: Path) -> Architecture:
     if window and "full_attention" in config.get("layer_types", []):
         raise UsageError(f"{path}: layer_types mixes full and sliding attention, which is not supported")
     heads = config["num_attention_heads"]
+    mixture = {}
+    if family.expert_ffn:
+        # transformers 5 writes num_local_experts for every family.
+        mixture = dict(
+            num_experts=config["num_local_experts"] if "num_local_experts" in config else config["num_experts"],
+            experts_per_token=config["num_experts_per_tok"],
+            expert_ffn_hidden_size=config[family.expert_ffn],
+            # Qwen3-MoE's default is false; Mixtral always normalises.
+            normalized_routing=config.get("norm_topk_prob", family.name != "qwen3_moe"),
+            renamed=family.renamed,
+        )
     return Architecture(
         family=family.name,
         num_layers=config["num_hidden_layers"],
@@ -191,6 +272,7 @@ def _architecture(config: dict, family: Family, path: Path) -> Architecture:
         rope_scaling={k: v for k, v in rope.items() if k != "rope_theta"} if rope_type == "llama3" else None,
         max_positions=config["max_position_embeddings"],
         sliding_window=window,
+        **mixture,
     )
 
 
@@ -208,9 +290,18 @@ def check_layout(architecture: Architecture, parallel: Parallel, model_dir: Path
     heads = {
         "num_attention_heads": architecture.num_attention_heads,
         "num_key_value_heads": architecture.num_query_groups,
-        "intermediate_size": architecture.ffn_hidden_size,
     }
+    if not architecture.num_experts:
+        heads["intermediate_size"] = architecture.ffn_hidden_size
     divide("parallel.tensor", parallel.tensor, heads)
+    if architecture.num_experts:
+        divide("parallel.expert", parallel.expert, {"number of experts": architecture.num_experts})
+        if parallel.tensor > 1 and not parallel.sequence:
+            raise UsageError("a mixture of experts with parallel.tensor above 1 needs parallel.sequence=true; set it")
+    elif parallel.expert > 1:
+        raise UsageError(
+            f"parallel.expert={parallel.expert}, but {model_dir} has no mixture of experts; set parallel.expert=1"
+        )
     if parallel.chunks_per_stage > 1 and parallel.pipeline == 1:
         raise UsageError(
             f"parallel.chunks_per_stage={parallel.chunks_per_stage} needs parallel.pipeline above 1; "

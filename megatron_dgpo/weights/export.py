@@ -1,4 +1,4 @@
-"""Megatron shards back into full Hugging Face tensors: into shared memory, as a stream, or as a directory."""
+"""Megatron shards back into full Hugging Face tensors: as a stream, or as a directory."""
 
 from __future__ import annotations
 
@@ -12,48 +12,35 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from safetensors.torch import save_file
 
-from megatron_dgpo.weights.architectures import Architecture
+from megatron_dgpo.weights.architectures import Architecture, expert_of
 from megatron_dgpo.weights.directory import FILE_BYTES, copy_small_files
 from megatron_dgpo.weights.distributed import is_distributed
 from megatron_dgpo.weights.load import INDEX, SINGLE, named_shards, tensor_files
 from megatron_dgpo.weights.slices import shard_slices
 
 
-def write_slices(
-    chunks: list[torch.nn.Module], architecture: Architecture, destination: dict[str, torch.Tensor]
-) -> None:
-    """Copy what this rank holds into full Hugging Face tensors, cast to their dtype. Collectives: none.
-
-    All ranks of one data-parallel replica together write every element exactly once; other replicas write nothing.
-    """
-    if parallel_state.get_data_parallel_rank() != 0:
-        return
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    for name, parameter in named_shards(chunks):
-        # A tied head's copy is not in the table: the embedding is written once, by the first stage.
-        if name not in architecture.parameters or (architecture.parameters[name][0] == "copy" and rank):
-            continue
-        for part in shard_slices(architecture, name, rank, size):
-            part.of_full(destination[part.name]).copy_(part.of_shard(parameter.detach()))
-
-
 class FullTensors:
     """A re-iterable stream of (Hugging Face name, full tensor), the same on every rank: vLLM's WeightSource protocol.
 
-    Iterating is collective over the replica: one all-gather over tensor-parallel ranks and one broadcast over the
-    pipeline for every Megatron parameter. At most one parameter is held in full at a time.
+    Iterating is collective over all ranks: for every Megatron parameter one all-gather over tensor-parallel ranks, or
+    one broadcast over expert-parallel ones, and one broadcast over the pipeline. At most one parameter is held in full
+    at a time.
     """
 
     def __init__(self, chunks: list[torch.nn.Module], architecture: Architecture, dtype: torch.dtype) -> None:
-        """dtype: of the tensors given out. Collective: one object all-gather over the pipeline."""
+        """dtype: of the tensors given out. Collective: object all-gathers over pipeline and expert-parallel ranks."""
         self._architecture, self._dtype = architecture, dtype
         self._shards = {name: p for name, p in named_shards(chunks) if name in architecture.parameters}
         self._tp_size = parallel_state.get_tensor_model_parallel_world_size()
         self._pipeline = parallel_state.get_pipeline_model_parallel_group()
-        held: list = [None] * dist.get_world_size(self._pipeline)
-        dist.all_gather_object(held, {n: tuple(p.shape) for n, p in self._shards.items()}, group=self._pipeline)
-        self._owners = {name: (stage, shape) for stage, names in enumerate(held) for name, shape in names.items()}
+        self._experts = parallel_state.get_expert_model_parallel_group()
+        # name -> (pipeline stage, expert-parallel rank, shape of a shard)
+        self._owners: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+        shapes = {name: tuple(parameter.shape) for name, parameter in self._shards.items()}
+        for expert_rank, stages in enumerate(_all_gather(_all_gather(shapes, self._pipeline), self._experts)):
+            for stage, held in enumerate(stages):
+                for name, shape in held.items():
+                    self._owners.setdefault(name, (stage, expert_rank, shape))
 
     def metadata(self) -> list:
         """vLLM's ParamMeta of every tensor, in the order of iteration."""
@@ -71,22 +58,36 @@ class FullTensors:
         for name, (_, *sources) in self._architecture.parameters.items():
             shards = self._gather(name)
             full = {source: shards.new_empty(self._architecture.hf_shapes[source]) for source in sources}
-            for rank in range(self._tp_size):
-                for part in shard_slices(self._architecture, name, rank, self._tp_size):
-                    part.of_full(full[part.name]).copy_(part.of_shard(shards[rank]))
+            for rank, shard in enumerate(shards):
+                for part in shard_slices(self._architecture, name, rank, len(shards)):
+                    part.of_full(full[part.name]).copy_(part.of_shard(shard))
             yield from full.items()
 
     @torch.no_grad()
     def _gather(self, name: str) -> torch.Tensor:
-        """[tp, ...] the shards of all tensor-parallel ranks."""
-        stage, shape = self._owners[name]
-        everything = torch.empty(self._tp_size, *shape, dtype=self._dtype, device=torch.cuda.current_device())
+        """[tp, ...] the shards of all tensor-parallel ranks; [1, ...] of an expert."""
+        stage, expert_rank, shape = self._owners[name]
+        is_expert = expert_of(name) is not None
+        everything = torch.empty(
+            1 if is_expert else self._tp_size, *shape, dtype=self._dtype, device=torch.cuda.current_device()
+        )
         if name in self._shards:
             shard = self._shards[name].detach().to(self._dtype).contiguous()
-            group = parallel_state.get_tensor_model_parallel_group()
-            dist.all_gather_into_tensor(everything.view(-1), shard.view(-1), group=group)
+            if is_expert:
+                everything[0] = shard
+            else:
+                group = parallel_state.get_tensor_model_parallel_group()
+                dist.all_gather_into_tensor(everything.view(-1), shard.view(-1), group=group)
+        if is_expert and dist.get_rank(self._pipeline) == stage:
+            dist.broadcast(everything, group=self._experts, group_src=expert_rank)
         dist.broadcast(everything, group=self._pipeline, group_src=stage)
         return everything
+
+
+def _all_gather(value, group: dist.ProcessGroup) -> list:
+    found: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
+    return found
 
 
 def export_hf(

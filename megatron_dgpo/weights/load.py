@@ -21,14 +21,27 @@ SINGLE = "model.safetensors"
 
 
 def named_shards(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(global Megatron name, parameter) of every parameter on this rank; layers are numbered over the whole model."""
+    """(global Megatron name, parameter) of every parameter on this rank.
+
+    Layers are numbered over the whole model, and experts over their layer.
+    """
     for chunk in chunks:
-        numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
         for name, parameter in chunk.named_parameters():
-            local = re.search(r"(?<=decoder\.layers\.)\d+", name)
-            if local:
-                name = f"{name[: local.start()]}{numbers[int(local[0])]}{name[local.end() :]}"
+            found = re.match(r"decoder\.layers\.(\d+)\.(.+)", name)
+            if found:
+                layer = chunk.decoder.layers[int(found[1])]
+                name = f"decoder.layers.{layer.layer_number - 1}.{_expert_name(layer, found[2])}"
             yield name, parameter
+
+
+def _expert_name(layer: torch.nn.Module, name: str) -> str:
+    """SequentialMLP's `local_experts.1.linear_fc1.weight` and TEGroupedMLP's `linear_fc1.weight1`, made one."""
+    sequential = re.fullmatch(r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<linear>\w+)\.weight", name)
+    found = sequential or re.fullmatch(r"mlp\.experts\.(?P<linear>\w+)\.weight(?P<expert>\d+)", name)
+    if not found:
+        return name
+    expert = layer.mlp.local_expert_indices[int(found["expert"])]
+    return f"mlp.experts.experts.{expert}.{found['linear']}.weight"
 
 
 def source_name(architecture: Architecture, name: str) -> str:

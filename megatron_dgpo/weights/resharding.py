@@ -1,7 +1,7 @@
 """Which bytes go from which trainer rank to which vLLM worker: exactly each worker's own shard, once.
 
 The plan follows from the two layouts alone, so that every rank and every worker works out its own part of it. Replicas
-of a slice share the sending evenly.
+of a block share the sending evenly.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_dgpo.weights.architectures import Architecture
+from megatron_dgpo.weights.architectures import Architecture, expert_of
 from megatron_dgpo.weights.slices import Slice, shard_slices
 
 # vLLM pads its vocabulary to a multiple of this before it splits it (DEFAULT_VOCAB_PADDING_SIZE).
 _VLLM_VOCAB_MULTIPLE = 64
 _CHECKSUM_PERIOD = 65521
+_CHECKSUM_NUMEL = 2**20
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class TrainerLayout:
     pipeline: int
     chunks_per_stage: int
     data: int
+    expert: int = 1
 
     @property
     def world_size(self) -> int:
@@ -37,6 +39,10 @@ class TrainerLayout:
 
     def rank(self, tensor: int, pipeline: int, data: int) -> int:
         return tensor + self.tensor * (data + self.data * pipeline)
+
+    def expert_rank(self, rank: int) -> int:
+        """Neighbouring ranks of a pipeline stage share its layers' experts."""
+        return rank % (self.tensor * self.data) % self.expert
 
     def stage(self, architecture: Architecture, name: str) -> int:
         """Pipeline stage that holds a Megatron parameter (global layer number)."""
@@ -46,6 +52,19 @@ class TrainerLayout:
             return int(parts[2]) // per_chunk % self.pipeline
         return 0 if name.startswith("embedding.") else self.pipeline - 1
 
+    def holders(self, architecture: Architecture, name: str) -> Iterator[tuple[list[Slice], list[int]]]:
+        """(shard, ranks that hold it) of a Megatron parameter, for every shard of it."""
+        first, expert = self.rank(0, self.stage(architecture, name), 0), expert_of(name)
+        ranks = range(first, first + self.tensor * self.data)
+        if expert is not None:
+            owner = expert * self.expert // architecture.num_experts
+            yield shard_slices(architecture, name, 0, 1), [r for r in ranks if self.expert_rank(r) == owner]
+        elif architecture.parameters[name][0] == "copy":
+            yield shard_slices(architecture, name, 0, 1), list(ranks)
+        else:
+            for tensor in range(self.tensor):
+                yield shard_slices(architecture, name, tensor, self.tensor), list(ranks[tensor :: self.tensor])
+
 
 @dataclass(frozen=True)
 class VllmLayout:
@@ -53,6 +72,8 @@ class VllmLayout:
 
     tensor: int
     servers: int
+    expert_parallel: bool = False
+    """Every expert is whole on one of a server's workers; otherwise each is cut over all of them."""
 
     @property
     def num_workers(self) -> int:
@@ -60,51 +81,110 @@ class VllmLayout:
 
 
 @dataclass(frozen=True)
+class VllmParameter:
+    """How vLLM holds Hugging Face tensors: q, k, v and gate, up are one parameter, and experts are stacked in one."""
+
+    split: str
+    experts: list[list[str]]
+    """The Hugging Face tensors of each expert; of a parameter that is not of experts, all in one list."""
+    stacked: bool
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a Hugging Face tensor, and where in a shard it lies."""
+
+    name: str
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    shard_start: tuple[int, ...]
+    """One dimension more than the tensor where experts are stacked."""
+
+    @classmethod
+    def of_slice(cls, part: Slice, architecture: Architecture, *stack: int) -> Block:
+        shape, zeros = architecture.hf_shapes[part.name], (0,) * len(architecture.hf_shapes[part.name])
+        at = (*zeros[: part.dim], part.local_start, *zeros[part.dim + 1 :])
+        start = (*zeros[: part.dim], part.start, *zeros[part.dim + 1 :])
+        return cls(part.name, start, (*shape[: part.dim], part.length, *shape[part.dim + 1 :]), (*stack, *at))
+
+
+@dataclass(frozen=True)
 class Move:
-    """`target.narrow(dim, target_start, length)` of a worker becomes `source.narrow(dim, source_start, length)`."""
+    """A block of a trainer rank's shard becomes a block of a worker's."""
 
     rank: int
     """Trainer rank that sends."""
     worker: int
     source: str
-    """Megatron parameter, with its global layer number."""
-    source_start: int
+    """Megatron parameter, with its global layer and expert numbers."""
+    source_start: tuple[int, ...]
     target: str
     """vLLM parameter."""
-    target_start: int
-    dim: int
-    length: int
+    target_start: tuple[int, ...]
+    """One dimension more than the source where vLLM stacks experts."""
     shape: tuple[int, ...]
-    """Of the piece."""
+    """Of the block, in the source's dimensions."""
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    def of_source(self, shard: torch.Tensor) -> torch.Tensor:
+        return _block(shard, self.source_start, self.shape)
 
-def vllm_parameters(architecture: Architecture) -> dict[str, tuple[str, ...]]:
-    """vLLM parameter -> (how its workers split it, Hugging Face tensors): q, k, v and gate, up are fused."""
-    return {
-        sources[0].replace(".q_proj.", ".qkv_proj.").replace(".gate_proj.", ".gate_up_proj."): (split, *sources)
-        for split, *sources in architecture.parameters.values()
-    }
+    def of_target(self, shard: torch.Tensor) -> torch.Tensor:
+        """A view of self.shape."""
+        stack = len(self.target_start) - len(self.shape)
+        return _block(shard[self.target_start[:stack]] if stack else shard, self.target_start[stack:], self.shape)
 
 
-def vllm_shape(architecture: Architecture, name: str, tp_size: int) -> tuple[int, ...]:
+def _block(tensor: torch.Tensor, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+    return tensor[tuple(slice(first, first + length) for first, length in zip(start, shape, strict=True))]
+
+
+def vllm_parameters(architecture: Architecture) -> dict[str, VllmParameter]:
+    """In the order of the computation, so that each of vLLM's layers is complete soon after its first bytes arrive."""
+    found: dict[str, VllmParameter] = {}
+    for name, (split, *sources) in architecture.parameters.items():
+        if expert_of(name) is None:
+            fused = sources[0].replace(".q_proj.", ".qkv_proj.").replace(".gate_proj.", ".gate_up_proj.")
+            found[fused] = VllmParameter(split, [sources], stacked=False)
+        else:
+            experts = sources[0].partition(".experts.")[0] + ".experts.routed_experts."
+            stack = experts + ("w13_weight" if split == "gate_up" else "w2_weight")
+            found.setdefault(stack, VllmParameter(split, [], stacked=True)).experts.append(sources)
+    return found
+
+
+def vllm_blocks(
+    architecture: Architecture, parameter: VllmParameter, worker: int, layout: VllmLayout
+) -> Iterator[Block]:
+    """The blocks that make up the shard of one worker, counted within its server."""
+    size = layout.tensor
+    for expert, sources in enumerate(parameter.experts):
+        if not parameter.stacked:
+            parts = _vllm_slices(architecture, parameter.split, sources, worker, size)
+            yield from (Block.of_slice(part, architecture) for part in parts)
+        elif not layout.expert_parallel:
+            parts = _vllm_slices(architecture, parameter.split, sources, worker, size)
+            yield from (Block.of_slice(part, architecture, expert) for part in parts)
+        elif expert * size // architecture.num_experts == worker:
+            place = expert % (architecture.num_experts // size)
+            parts = _vllm_slices(architecture, parameter.split, sources, 0, 1)
+            yield from (Block.of_slice(part, architecture, place) for part in parts)
+
+
+def vllm_shape(architecture: Architecture, parameter: VllmParameter, layout: VllmLayout) -> tuple[int, ...]:
     """Of one worker's shard."""
-    split, *sources = vllm_parameters(architecture)[name]
-    shape = list(architecture.hf_shapes[sources[0]])
-    if split == "vocab":
-        shape[0] = _vllm_vocab_rows(architecture, tp_size)
-    elif split != "copy":
-        last = vllm_slices(architecture, name, 0, tp_size)[-1]
-        shape[last.dim] = last.local_start + last.length
-    return tuple(shape)
+    if parameter.split == "vocab":
+        [[name]] = parameter.experts
+        return _vllm_vocab_rows(architecture, layout.tensor), architecture.hf_shapes[name][1]
+    last = list(vllm_blocks(architecture, parameter, 0, layout))[-1]
+    lengths = (1,) * (len(last.shard_start) - len(last.shape)) + last.shape
+    return tuple(start + length for start, length in zip(last.shard_start, lengths, strict=True))
 
 
-def vllm_slices(architecture: Architecture, name: str, tp_rank: int, tp_size: int) -> list[Slice]:
-    """The blocks that make up one worker's shard of vLLM parameter `name`."""
-    split, *sources = vllm_parameters(architecture)[name]
+def _vllm_slices(architecture: Architecture, split: str, sources: list[str], tp_rank: int, tp_size: int) -> list[Slice]:
     shapes = [architecture.hf_shapes[source] for source in sources]
     if split == "copy":
         return [Slice(sources[0], 0, 0, 0, shapes[0][0])]
@@ -135,58 +215,48 @@ def _vllm_vocab_rows(architecture: Architecture, tp_size: int) -> int:
 
 
 def plan_moves(architecture: Architecture, trainer: TrainerLayout, vllm: VllmLayout) -> list[Move]:
-    """Every worker's shards, each byte from one rank, in the order of the model's parameters."""
-    holders = _holders(architecture, trainer)
+    """Every worker's shards, each byte from one rank, in the order of `vllm_parameters`."""
+    holders: dict[str, list[tuple[Block, str, list[int]]]] = defaultdict(list)
+    for name in architecture.parameters:
+        for parts, ranks in trainer.holders(architecture, name):
+            for part in parts:
+                holders[part.name].append((Block.of_slice(part, architecture), name, ranks))
     sent: dict[int, int] = defaultdict(int)
     moves = []
-    for target in vllm_parameters(architecture):
+    for target, parameter in vllm_parameters(architecture).items():
         for worker in range(vllm.num_workers):
-            for wanted in vllm_slices(architecture, target, worker % vllm.tensor, vllm.tensor):
+            for wanted in vllm_blocks(architecture, parameter, worker % vllm.tensor, vllm):
                 for held, source, ranks in holders[wanted.name]:
-                    first, last = (
-                        max(wanted.start, held.start),
-                        min(wanted.start + wanted.length, held.start + held.length),
-                    )
-                    if first >= last:
+                    common = _intersection(wanted, held)
+                    if common is None:
                         continue
-                    shape = list(architecture.hf_shapes[wanted.name])
-                    shape[wanted.dim] = last - first
+                    start, shape = common
                     rank = min(ranks, key=lambda rank: (sent[rank], rank))
                     sent[rank] += math.prod(shape)
-                    moves.append(
-                        Move(
-                            rank,
-                            worker,
-                            source,
-                            held.local_start + first - held.start,
-                            target,
-                            wanted.local_start + first - wanted.start,
-                            wanted.dim,
-                            last - first,
-                            tuple(shape),
-                        )
-                    )
+                    places = _within(held, start), _within(wanted, start)
+                    moves.append(Move(rank, worker, source, places[0], target, places[1], shape))
     return moves
 
 
-def _holders(architecture: Architecture, trainer: TrainerLayout) -> dict[str, list[tuple[Slice, str, list[int]]]]:
-    """Hugging Face tensor -> [(block of it, Megatron parameter, ranks that hold the block there)]."""
-    ranks: dict[tuple[Slice, str], list[int]] = defaultdict(list)
-    for name in architecture.parameters:
-        stage = trainer.stage(architecture, name)
-        for tensor in range(trainer.tensor):
-            for part in shard_slices(architecture, name, tensor, trainer.tensor):
-                ranks[part, name] += [trainer.rank(tensor, stage, data) for data in range(trainer.data)]
-    holders: dict[str, list] = defaultdict(list)
-    for (part, name), found in ranks.items():
-        holders[part.name].append((part, name, found))
-    return holders
+def _intersection(a: Block, b: Block) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """(start, shape) in their common Hugging Face tensor."""
+    start = tuple(max(pair) for pair in zip(a.start, b.start, strict=True))
+    ends = (min(i + m, j + n) for i, m, j, n in zip(a.start, a.shape, b.start, b.shape, strict=True))
+    shape = tuple(end - first for end, first in zip(ends, start, strict=True))
+    return (start, shape) if min(shape) > 0 else None
+
+
+def _within(block: Block, start: tuple[int, ...]) -> tuple[int, ...]:
+    """Where in the block's shard the element `start` of the Hugging Face tensor lies."""
+    stack = len(block.shard_start) - len(start)
+    own = zip(block.shard_start[stack:], start, block.start, strict=True)
+    return (*block.shard_start[:stack], *(at + first - begin for at, first, begin in own))
 
 
 def buckets(moves: list[Move], bucket_numel: int) -> Iterator[list[Move]]:
     """All moves in order, as many at a time as no worker gets more than bucket_numel elements of.
 
-    A move that is larger is cut along its dimension; one row of it always fits.
+    A move that is larger is cut between rows; one row always fits.
     """
     found: list[Move] = []
     filled: dict[int, int] = defaultdict(int)
@@ -201,28 +271,36 @@ def buckets(moves: list[Move], bucket_numel: int) -> Iterator[list[Move]]:
 
 
 def _cut(move: Move, most_numel: int) -> Iterator[Move]:
-    step = max(1, most_numel * move.length // move.numel)
-    for start in range(0, move.length, step):
-        length = min(step, move.length - start)
-        shape = (*move.shape[: move.dim], length, *move.shape[move.dim + 1 :])
-        yield replace(
-            move,
-            source_start=move.source_start + start,
-            target_start=move.target_start + start,
-            length=length,
-            shape=shape,
-        )
+    rows, *row = move.shape
+    stack = len(move.target_start) - len(move.shape)
+    step = max(1, most_numel // math.prod(row))
+    for first in range(0, rows, step):
+        source, target = list(move.source_start), list(move.target_start)
+        source[0] += first
+        target[stack] += first
+        shape = (min(step, rows - first), *row)
+        yield replace(move, source_start=tuple(source), target_start=tuple(target), shape=shape)
 
 
-def checksum(piece: torch.Tensor, shape: tuple[int, ...], dim: int = 0, start: int = 0) -> int:
-    """Of a piece that lies at `start` of dimension `dim` in a tensor of `shape`: those of its pieces add up to its own.
+def checksum(piece: torch.Tensor, shape: tuple[int, ...], start: tuple[int, ...] | None = None) -> int:
+    """Of a block that lies at `start` in a tensor of `shape`: those of its blocks add up to a tensor's own.
 
     Σ bits · (1 + place mod a prime) in 64-bit integers that wrap: a bit that differs or a row in the wrong place shows.
+    piece: of one or two dimensions, the tensor's last ones. Memory: that of a million 64-bit integers, some times.
     """
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    first = sum(at * stride for at, stride in zip(start or (0,) * len(shape), strides, strict=True))
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[piece.element_size()]
-    bits = piece.contiguous().view(integers).to(torch.int64)
-    places = torch.arange(math.prod(shape), device=piece.device).view(shape).narrow(dim, start, piece.shape[dim])
-    return int((bits * (places % _CHECKSUM_PERIOD + 1)).sum())
+    rows = piece.contiguous().view(integers).view(len(piece), -1)
+    columns = torch.arange(rows.shape[1], device=piece.device)
+    step = max(1, _CHECKSUM_NUMEL // max(1, rows.shape[1]))
+    total = 0
+    for begin in range(0, len(rows), step):
+        bits = rows[begin : begin + step].to(torch.int64)
+        numbers = torch.arange(begin, begin + len(bits), device=piece.device)
+        places = first + numbers[:, None] * strides[-piece.dim()] + columns
+        total = wrapped_sum(total, int((bits * (places % _CHECKSUM_PERIOD + 1)).sum()))
+    return total
 
 
 def wrapped_sum(*checksums: int) -> int:

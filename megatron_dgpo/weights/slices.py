@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_dgpo.weights.architectures import Architecture
+from megatron_dgpo.weights.architectures import Architecture, expert_of
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,12 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 def shard_slices(architecture: Architecture, name: str, tp_rank: int, tp_size: int) -> list[Slice]:
     """The blocks that make up the shard of Megatron parameter `name` (global layer number) on one rank.
 
-    Together the ranks cover every Hugging Face tensor exactly once, but for `copy`, which every rank holds whole.
+    Together the ranks cover every Hugging Face tensor exactly once, but for `copy`, which every rank holds whole, and
+    for experts, which are whole wherever they are.
     """
     split, *sources = architecture.parameters[name]
+    if expert_of(name) is not None:
+        tp_rank, tp_size = 0, 1
     shapes = architecture.hf_shapes
     return _SPLITS[split](architecture, sources, [shapes[source] for source in sources], tp_rank, tp_size)
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.layouts import LAYOUTS, make_config
+from tests.layouts import LAYOUTS, MIXTURE_LAYOUTS, make_config
 from tests.ranks import run_ranks
-from tests.tiny_models import FAMILIES, make_tiny_model
+from tests.tiny_models import FAMILIES, MIXTURES, make_tiny_model
 
 # float32 rounding over four layers, with sums split differently by each layout.
 TOLERANCE = 2e-5
@@ -13,7 +13,10 @@ TOLERANCE = 2e-5
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    return {family: make_tiny_model(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+    found = {family: make_tiny_model(tmp_path_factory.mktemp(family), family) for family in FAMILIES | MIXTURES}
+    # Weights of the chosen experts that do not add up to 1.
+    found["qwen3_moe-softmax"] = make_tiny_model(tmp_path_factory.mktemp("softmax"), "qwen3_moe", norm_topk_prob=False)
+    return found
 
 
 def sequences() -> torch.Tensor:
@@ -55,9 +58,17 @@ def megatron_logits(model_dirs, parallel):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_equal_transformers(models, layout):
+    check({family: models[family] for family in FAMILIES}, *LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", MIXTURE_LAYOUTS)
+def test_logits_of_mixtures_equal_transformers(models, layout):
+    check({name: path for name, path in models.items() if name not in FAMILIES}, *MIXTURE_LAYOUTS[layout])
+
+
+def check(models, world_size, parallel):
     from transformers import AutoModelForCausalLM
 
-    world_size, parallel = LAYOUTS[layout]
     results = run_ranks(megatron_logits, world_size, models, parallel)
     for family, model_dir in models.items():
         with torch.no_grad():
@@ -67,4 +78,4 @@ def test_logits_equal_transformers(models, layout):
             shards = {tp: found[family] for found, dp, tp in results if dp == replica and found[family] is not None}
             logits = torch.cat([shards[tp] for tp in sorted(shards)], -1)[..., :131]
             difference = (logits - reference[replica::replicas]).abs().max().item()
-            assert difference < TOLERANCE, f"{family} {layout}: {difference:.2e}"
+            assert difference < TOLERANCE, f"{family}: {difference:.2e}"

@@ -8,14 +8,17 @@ import secrets
 import httpx
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_dgpo import process
 from megatron_dgpo.experience import request_seeds
-from megatron_dgpo.rollout import client, server, shared_weights
+from megatron_dgpo.rollout import client, server
 from megatron_dgpo.rollout.client import EngineError, Engines
 from megatron_dgpo.rollout.sample import Prompt
-from megatron_dgpo.rollout.weight_sync import StaleWeightsError, check_servers
+from megatron_dgpo.rollout.weight_sync import ShardSync, StaleWeightsError, check_servers
 from megatron_dgpo.weights.architectures import read_architecture
+from megatron_dgpo.weights.resharding import TrainerLayout
+from tests.full_tensors import megatron_shard
 from tests.layouts import make_config
 from tests.tiny_models import make_tiny_model
 
@@ -26,35 +29,39 @@ TOLERANCE = 1e-4
 
 
 class Live:
-    """A server, the transformers model that it should equal, and the trainer's half of the weight transport."""
+    """A server, the transformers model that it should equal, and that model as a single trainer rank holds it."""
 
     def __init__(self, folder, family, **rollout):
         from transformers import AutoModelForCausalLM
 
         model_dir = make_tiny_model(folder / "model", family)
         self.config = make_config(
-            model_dir, run={"dir": folder}, rollout={"context_tokens": 64, "start_timeout_s": 240, **rollout}
+            model_dir,
+            run={"dir": folder},
+            rollout={"context_tokens": 64, "start_timeout_s": 240, "check_all_weights": True, **rollout},
         )
         self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
         self.children, addresses = server.start(self.config, SECRET, folder)
         self.engines = Engines(addresses, SECRET, 60, [2])
         self.address = addresses[0]
-        self.layout = shared_weights.Layout.of(read_architecture(model_dir).hf_shapes, "float32")
-        self.path = shared_weights.create(self.layout)
-        self.weights = shared_weights.attach(self.path, self.layout)
+        self.architecture = read_architecture(model_dir)
+        self.shards = self.current_shards()
+
+    def start(self):
+        self.engines.wait_until_healthy(240)
+        layout, rollout = TrainerLayout(1, 1, 1, 1), self.config.rollout
+        self.sync = ShardSync(
+            self.engines, self.shards, self.architecture, layout, rollout, torch.float32, in_place=True
+        )
+
+    def current_shards(self):
+        state = self.model.state_dict()
+        return {name: megatron_shard(self.architecture, state, name, 0, 1) for name in self.architecture.parameters}
 
     def push(self, version):
-        state = self.model.state_dict()
-        for name, tensor in self.weights.items():
-            tensor.copy_(state[name])
-        self.engines.start_weight_update()
-        self.engines.update_weights({"path": self.path, **dataclasses.asdict(self.layout)})
-        self.engines.finish_weight_update(str(version))
-
-    def differing_tensors(self, address):
-        expected = {name: shared_weights.crc32(tensor) for name, tensor in self.weights.items()}
-        worker = self.engines.call_workers(address, "received_checksums")[0]
-        return [name for name, value in expected.items() if worker.get(name) != value]
+        for name, shard in self.current_shards().items():
+            self.shards[name].copy_(shard)
+        self.sync.push(version)
 
     @torch.no_grad()
     def perturb(self):
@@ -90,11 +97,12 @@ def live(request, tmp_path_factory):
     family, _, layout = request.param.partition("-")
     found = Live(tmp_path_factory.mktemp(request.param), family, **({"tensor": 2} if layout else {}))
     try:
-        found.engines.wait_until_healthy(240)
-        found.engines.init_weight_transfer_engine([{}])
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        found.start()
         yield found
     finally:
         found.close()
+        dist.destroy_process_group()
 
 
 def test_logprobs_before_and_after_updates(live):
@@ -149,19 +157,28 @@ def check(live, version, tolerance=1e-3):
     with torch.no_grad():
         logprobs = torch.log_softmax(live.model(torch.tensor(probes)).logits[0], -1)
     expected = [[logprobs[i, token].item() for i, token in enumerate(probes[0][1:])]]
-    return check_servers(live.engines, live, version, probes, expected, tolerance)
+    return check_servers(live.engines, live.sync, version, probes, expected, tolerance)
 
 
 def test_canary_passes_after_an_update_and_names_what_is_stale(live):
     live.push(10)
     assert check(live, 10) < 1e-4
-    # The policy moved on, and nobody told the server.
-    name = "model.layers.1.mlp.down_proj.weight"
-    live.weights[name].add_(1e-6)
-    with pytest.raises(StaleWeightsError, match=name.replace(".", r"\.")):
-        check(live, 10)
     with pytest.raises(StaleWeightsError, match="serves weight version 10, the policy is at 11"):
         check(live, 11)
+    # What one worker received is not what was to be sent.
+    name = "model.layers.1.mlp.down_proj.weight"
+    live.sync._expected[0, name] += 1
+    with pytest.raises(StaleWeightsError, match=name.replace(".", r"\.")):
+        check(live, 10)
+
+
+def test_weights_that_have_left_the_shared_memory_are_an_error(live):
+    name = "decoder.layers.1.mlp.linear_fc2.weight"
+    shared = live.shards[name]
+    live.shards[name] = shared.clone()
+    with pytest.raises(StaleWeightsError, match=f"{name}: no longer in the memory"):
+        live.sync.push(11)
+    live.shards[name] = shared
 
 
 def test_canary_compares_logprobs(live):

@@ -1,5 +1,6 @@
 """Shard-exact updates of a real vLLM server from real Megatron ranks, in many layouts, and what breaks one off."""
 
+import contextlib
 import os
 import signal
 import time
@@ -10,9 +11,9 @@ import torch
 from megatron_dgpo import process
 from megatron_dgpo.rollout import server
 from megatron_dgpo.rollout.client import Engines
-from tests.layouts import make_config
+from tests.layouts import MIXTURE_LAYOUTS, make_config
 from tests.ranks import run_ranks
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import MIXTURES, make_tiny_model
 
 # Fixed: the ranks import this file anew.
 SECRET = "of-this-test-only"
@@ -30,6 +31,7 @@ def make_test_config(folder, workers, parallel):
             "context_tokens": 64,
             "start_timeout_s": 240,
             "tensor": workers,
+            "expert_parallel": folder.name.startswith("experts"),
             "transport": "shards",
             # Many buckets, so that their order matters.
             "bucket_bytes": 2**14,
@@ -39,23 +41,34 @@ def make_test_config(folder, workers, parallel):
     )
 
 
-@pytest.fixture(scope="module", params=[("qwen2", 1), ("qwen3", 2)], ids=["qwen2-1-worker", "qwen3-2-workers"])
+SERVERS = {
+    "{}-{}-workers".format(*server): server for server in (("qwen2", 1), ("qwen3", 2), ("mixtral", 1), ("qwen3_moe", 2))
+}
+one_server = pytest.mark.parametrize("live", [("qwen3", 2)], ids=["qwen3-2-workers"], indirect=True)
+
+
+@pytest.fixture(scope="module", params=SERVERS.values(), ids=SERVERS)
 def live(request, tmp_path_factory):
     """Engines of a server that started with other weights than those in `model`, and the folder."""
     family, tensor = request.param
-    folder = tmp_path_factory.mktemp(family)
+    with running_server(tmp_path_factory.mktemp(family), family, tensor) as (engines, folder, children):
+        yield engines, folder, family, tensor, children
+
+
+@contextlib.contextmanager
+def running_server(folder, family, tensor):
     make_tiny_model(folder / "model", family, **SIZES)
     config = make_test_config(folder, tensor, {})
     children, addresses = server.start(config, SECRET, folder)
     try:
         engines = Engines(addresses, SECRET, 60, [2])
         engines.wait_until_healthy(240)
-        yield engines, folder, family, tensor, children
+        yield engines, folder, children
     finally:
         process.stop(children)
 
 
-def push(folder, model, tensor, parallel, addresses, version, kill=None):
+def push(folder, model, tensor, parallel, addresses, version, kill=None, in_place=False):
     """On every trainer rank: load `model` and send it; which tensors differ then, and how many were compared.
 
     kill: process group to end when the last rank has sent some of its buckets; 0 is that rank itself.
@@ -69,7 +82,7 @@ def push(folder, model, tensor, parallel, addresses, version, kill=None):
     from megatron_dgpo.rollout.client import Engines
     from megatron_dgpo.rollout.weight_sync import ShardSync, from_rank_0
     from megatron_dgpo.weights.architectures import read_architecture
-    from megatron_dgpo.weights.load import load_weights
+    from megatron_dgpo.weights.load import load_weights, named_shards
 
     init_device()
     config = make_test_config(folder, tensor, parallel)
@@ -84,9 +97,8 @@ def push(folder, model, tensor, parallel, addresses, version, kill=None):
         parallel_state.get_tensor_model_parallel_world_size(),
     )
     engines = Engines(addresses, SECRET, 60, [2]) if dist.get_rank() == 0 else None
-    sync = ShardSync(
-        engines, policy.modules, architecture, trainer_layout(config.parallel), config.rollout, torch.float32
-    )
+    shards, layout = dict(named_shards(policy.modules)), trainer_layout(config.parallel)
+    sync = ShardSync(engines, shards, architecture, layout, config.rollout, torch.float32, in_place)
     if kill is not None and dist.get_rank() == dist.get_world_size() - 1:
         make_piece, made = sync._piece, []
 
@@ -126,7 +138,8 @@ LAYOUTS = [
 def test_every_layout_updates_the_server(live):
     """All parameters read back from the workers, before vLLM packs them, and the log-probs after it."""
     engines, folder, family, tensor, _ = live
-    for version, (world, parallel) in enumerate(LAYOUTS, start=1):
+    layouts = MIXTURE_LAYOUTS.values() if family in MIXTURES else LAYOUTS
+    for version, (world, parallel) in enumerate(layouts, start=1):
         model = make_tiny_model(folder / f"model-{version}", family, seed=version, **SIZES)
         [(differing, compared), *_] = run_ranks(
             push, world, folder, model, tensor, parallel, engines.addresses, version
@@ -137,6 +150,27 @@ def test_every_layout_updates_the_server(live):
         assert served_gap(engines, model) < 1e-4, parallel
 
 
+def test_workers_with_whole_experts_are_updated(tmp_path_factory):
+    """Read back only: the experts of vLLM 0.32 on a CPU end the server when some of them are elsewhere."""
+    with running_server(tmp_path_factory.mktemp("experts"), "qwen3_moe", 2) as (engines, folder, _):
+        for version, layout in enumerate(("tp1", "tp2-dp2-ep4"), start=1):
+            world, parallel = MIXTURE_LAYOUTS[layout]
+            model = make_tiny_model(folder / f"model-{version}", "qwen3_moe", seed=version, **SIZES)
+            [(differing, compared), *_] = run_ranks(push, world, folder, model, 2, parallel, engines.addresses, version)
+            assert differing == [] and compared >= 2 * 4 * 9
+
+
+@one_server
+def test_workers_read_in_place(live):
+    engines, folder, family, tensor, _ = live
+    model = make_tiny_model(folder / "model-in-place", family, seed=40, **SIZES)
+    layout = {"tensor": 2, "pipeline": 2}
+    [(differing, compared), *_] = run_ranks(push, 4, folder, model, tensor, layout, engines.addresses, 40, None, True)
+    assert differing == [] and compared >= 30 * tensor
+    assert served_gap(engines, model) < 1e-4
+
+
+@one_server
 def test_a_trainer_that_dies_leaves_the_server_stale_and_the_next_update_heals_it(live):
     engines, folder, family, tensor, children = live
     before = engines.weight_version(engines.addresses[0])
@@ -152,6 +186,7 @@ def test_a_trainer_that_dies_leaves_the_server_stale_and_the_next_update_heals_i
     assert "the other side is gone or stuck" in children[0].log.read_text()
 
 
+@one_server
 def test_a_server_that_dies_in_an_update_is_an_error_on_every_rank(live):
     engines, folder, family, tensor, children = live
     start = time.monotonic()

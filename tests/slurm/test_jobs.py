@@ -35,7 +35,8 @@ class Job:
 
     def __init__(self, slurm, arithmetic: Path, folder: Path, *overrides: str) -> None:
         self.slurm, self.run_dir, self.log = slurm, folder / "run", folder / "job.log"
-        slurm.environment |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+        # Each node believes that the host's cores are its own.
+        slurm.environment |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.overrides = [
             f"model.path={arithmetic / 'model'}",
             f"data.train={arithmetic / 'train.jsonl'}",

@@ -5,7 +5,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from megatron_dgpo.weights.architectures import read_architecture
+from megatron_dgpo.weights.architectures import expert_of, read_architecture
 from megatron_dgpo.weights.resharding import (
     TrainerLayout,
     VllmLayout,
@@ -16,7 +16,7 @@ from megatron_dgpo.weights.resharding import (
     vllm_shape,
     wrapped_sum,
 )
-from megatron_dgpo.weights.slices import padded_vocab_size, shard_slices
+from tests.full_tensors import megatron_shard
 from tests.tiny_models import make_tiny_model
 
 VOCAB = 131  # no group size divides it
@@ -27,8 +27,10 @@ TRAINERS = [
     for data in (1, 3)
 ]
 
+EXPERT_TRAINERS = [TrainerLayout(1, 2, 1, 2, 2), TrainerLayout(2, 1, 1, 2, 4), TrainerLayout(2, 2, 2, 2, 2)]
 
-@pytest.fixture(scope="module", params=["qwen2", "qwen3", "llama"])
+
+@pytest.fixture(scope="module", params=["qwen2", "qwen3", "llama", "qwen3_moe", "mixtral"])
 def model(request, tmp_path_factory):
     folder = make_tiny_model(
         tmp_path_factory.mktemp(request.param) / "model",
@@ -44,24 +46,22 @@ def model(request, tmp_path_factory):
     return architecture, full
 
 
-def megatron_shard(architecture, full, name, rank, size):
-    """What a tensor-parallel rank holds of one parameter; blank where it is padding."""
-    parts = shard_slices(architecture, name, rank, size)
-    shape = list(full[architecture.parameters[name][1]].shape)
-    if architecture.parameters[name][0] == "vocab":
-        shape[0] = padded_vocab_size(architecture.vocab_size, size) // size
-    else:
-        dim = parts[0].dim
-        shape[dim] = sum(part.length for part in parts)
-    shard = torch.full(shape, torch.nan)
-    for part in parts:
-        part.of_shard(shard).copy_(part.of_full(full[part.name]))
-    return shard
-
-
-def vllm_shard(architecture, full, name, rank, size):
+def vllm_shard(architecture, full, parameter, rank, layout):
     """As vLLM's own loaders cut the full tensors."""
-    split, *sources = vllm_parameters(architecture)[name]
+    if parameter.stacked:
+        count = len(parameter.experts) // layout.tensor
+        mine, place = (
+            (slice(rank * count, (rank + 1) * count), (0, 1))
+            if layout.expert_parallel
+            else (slice(None), (rank, layout.tensor))
+        )
+        return torch.stack(
+            [cut(architecture, full, parameter.split, names, *place) for names in parameter.experts[mine]]
+        )
+    return cut(architecture, full, parameter.split, parameter.experts[0], rank, layout.tensor)
+
+
+def cut(architecture, full, split, sources, rank, size):
     tensors = [full[source] for source in sources]
     if split == "copy":
         return tensors[0]
@@ -79,35 +79,55 @@ def vllm_shard(architecture, full, name, rank, size):
     return padded.chunk(size)[rank]
 
 
-@pytest.mark.parametrize("vllm", [VllmLayout(1, 1), VllmLayout(2, 2), VllmLayout(4, 1), VllmLayout(8, 1)])
+@pytest.mark.parametrize(
+    "vllm",
+    [
+        VllmLayout(1, 1),
+        VllmLayout(2, 2),
+        VllmLayout(4, 1),
+        VllmLayout(8, 1),
+        VllmLayout(2, 2, expert_parallel=True),
+        VllmLayout(4, 1, expert_parallel=True),
+    ],
+)
 def test_workers_get_their_own_shards_once(model, vllm):
     architecture, full = model
-    for trainer in TRAINERS:
-        moves = plan_moves(architecture, trainer, vllm)
-        received = {
-            (worker, name): torch.zeros(vllm_shape(architecture, name, vllm.tensor))
-            for worker in range(vllm.num_workers)
-            for name in vllm_parameters(architecture)
-        }
-        written = {key: torch.zeros_like(tensor) for key, tensor in received.items()}
-        for move in moves:
-            tensor_rank, pipeline_rank = move.rank % trainer.tensor, move.rank // (trainer.tensor * trainer.data)
-            assert pipeline_rank == trainer.stage(architecture, move.source)
-            source = megatron_shard(architecture, full, move.source, tensor_rank, trainer.tensor)
-            key = move.worker, move.target
-            received[key].narrow(move.dim, move.target_start, move.length).copy_(
-                source.narrow(move.dim, move.source_start, move.length)
-            )
-            written[key].narrow(move.dim, move.target_start, move.length).add_(1)
-        for (worker, name), tensor in received.items():
-            expected = vllm_shard(architecture, full, name, worker % vllm.tensor, vllm.tensor)
-            assert torch.equal(tensor, expected), (trainer, worker, name)
-            # Each byte once, and none for padding.
-            padding = expected.abs().sum(-1) == 0 if name.endswith(("embed_tokens.weight", "lm_head.weight")) else None
-            once = written[worker, name]
-            assert torch.equal(
-                once, torch.ones_like(once) if padding is None else (~padding)[:, None].expand_as(once) * 1.0
-            )
+    for trainer in TRAINERS + (EXPERT_TRAINERS if architecture.num_experts else []):
+        check_plan(architecture, full, trainer, vllm)
+
+
+def check_plan(architecture, full, trainer, vllm):
+    parameters = vllm_parameters(architecture)
+    received = {
+        (worker, name): torch.zeros(vllm_shape(architecture, parameter, vllm))
+        for worker in range(vllm.num_workers)
+        for name, parameter in parameters.items()
+    }
+    written = {key: torch.zeros_like(tensor) for key, tensor in received.items()}
+    shards = {}
+    for move in plan_moves(architecture, trainer, vllm):
+        stage = move.rank // (trainer.tensor * trainer.data)
+        assert stage == trainer.stage(architecture, move.source)
+        place = (move.rank % trainer.tensor, trainer.tensor)
+        expert = expert_of(move.source)
+        if expert is not None:
+            # As Megatron deals them out: neighbours on one rank.
+            group = architecture.num_experts // trainer.expert
+            assert move.rank % (trainer.tensor * trainer.data) % trainer.expert == expert // group
+            place = (0, 1)
+        if (move.source, place) not in shards:
+            shards[move.source, place] = megatron_shard(architecture, full, move.source, *place)
+        key = move.worker, move.target
+        move.of_target(received[key]).copy_(move.of_source(shards[move.source, place]))
+        move.of_target(written[key]).add_(1)
+    for (worker, name), tensor in received.items():
+        expected = vllm_shard(architecture, full, parameters[name], worker % vllm.tensor, vllm)
+        assert torch.equal(tensor, expected), (trainer, worker, name)
+        # Each byte once, and none for padding.
+        once = torch.ones_like(tensor)
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            once[expected.abs().sum(-1) == 0] = 0
+        assert torch.equal(written[worker, name], once)
 
 
 def test_replicas_share_the_sending(model):
@@ -134,29 +154,36 @@ def test_buckets_keep_order_and_limit(model):
     # In order, and each part where the one before it ended.
     remaining = iter(parts)
     for move in moves:
-        length = 0
-        while length < move.length:
+        rows = 0
+        while rows < move.shape[0]:
             part = next(remaining)
-            assert (part.rank, part.worker, part.source, part.target) == (
-                move.rank,
-                move.worker,
-                move.source,
-                move.target,
-            )
-            assert part.source_start == move.source_start + length
-            assert part.target_start == move.target_start + length
-            assert part.numel == part.length * move.numel // move.length
-            length += part.length
-        assert length == move.length
+            assert part.source == move.source and part.target == move.target
+            assert (part.rank, part.worker, part.shape[1:]) == (move.rank, move.worker, move.shape[1:])
+            assert part.source_start == (move.source_start[0] + rows, *move.source_start[1:])
+            stack = len(move.target_start) - len(move.shape)
+            assert part.target_start[:stack] == move.target_start[:stack]
+            assert part.target_start[stack] == move.target_start[stack] + rows
+            assert part.target_start[stack + 1 :] == move.target_start[stack + 1 :]
+            rows += part.shape[0]
+        assert rows == move.shape[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_checksums_add_up_and_see_order(dtype):
     tensor = torch.randn(40, 30, generator=torch.Generator().manual_seed(1)).to(dtype)
     whole = checksum(tensor, (40, 30))
-    parts = [checksum(tensor[a:b], (40, 30), 0, a) for a, b in ((0, 7), (7, 39), (39, 40))]
+    parts = [checksum(tensor[a:b], (40, 30), (a, 0)) for a, b in ((0, 7), (7, 39), (39, 40))]
     assert wrapped_sum(*parts) == whole
-    assert wrapped_sum(checksum(tensor[:, :11], (40, 30), 1, 0), checksum(tensor[:, 11:], (40, 30), 1, 11)) == whole
+    columns = checksum(tensor[:, :11], (40, 30), (0, 0)), checksum(tensor[:, 11:], (40, 30), (0, 11))
+    assert wrapped_sum(*columns) == whole
+    # Two experts' halves, stacked.
+    halves = tensor.view(2, 20, 30)
+    stacked = [checksum(halves[i], (2, 20, 30), (i, 0, 0)) for i in range(2)]
+    assert wrapped_sum(*stacked) == whole
+    assert wrapped_sum(*(checksum(halves[1 - i], (2, 20, 30), (i, 0, 0)) for i in range(2))) != whole
+    assert checksum(tensor[3], (30,)) == wrapped_sum(
+        checksum(tensor[3, :9], (30,), (0,)), checksum(tensor[3, 9:], (30,), (9,))
+    )
     assert checksum(tensor.flip(0), (40, 30)) != whole
     changed = tensor.clone()
     changed[3, 3] += 1

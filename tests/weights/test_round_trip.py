@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.layouts import LAYOUTS, make_config
+from tests.layouts import LAYOUTS, MIXTURE_LAYOUTS, make_config
 from tests.ranks import run_ranks
-from tests.tiny_models import FAMILIES, make_tiny_model
+from tests.tiny_models import FAMILIES, MIXTURES, make_tiny_model
 
 
 def round_trip(model_dirs, targets, parallel, dtype):
@@ -17,8 +17,9 @@ def round_trip(model_dirs, targets, parallel, dtype):
     from megatron_dgpo.model.gpt import build_chunks
     from megatron_dgpo.model.parallel import initialize_parallel
     from megatron_dgpo.weights.architectures import read_architecture
-    from megatron_dgpo.weights.export import export_hf, write_slices
+    from megatron_dgpo.weights.export import export_hf
     from megatron_dgpo.weights.load import load_weights
+    from tests.full_tensors import write_slices
 
     init_device()
     written = {}
@@ -43,10 +44,20 @@ def round_trip(model_dirs, targets, parallel, dtype):
 def test_round_trip(tmp_path, layout, dtype):
     sources = {family: make_tiny_model(tmp_path / family, family, dtype=getattr(torch, dtype)) for family in FAMILIES}
     sources["qwen3-tied"] = make_tiny_model(tmp_path / "tied", "qwen3", tie_word_embeddings=True, dtype=torch.float32)
-    targets = {name: tmp_path / "out" / name for name in sources}
     if dtype == "bfloat16":
         sources.pop("qwen3-tied")
-    world_size, parallel = LAYOUTS[layout]
+    check(sources, tmp_path, *LAYOUTS[layout], dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", MIXTURE_LAYOUTS)
+def test_round_trip_of_mixtures(tmp_path, layout, dtype):
+    sources = {family: make_tiny_model(tmp_path / family, family, dtype=getattr(torch, dtype)) for family in MIXTURES}
+    check(sources, tmp_path, *MIXTURE_LAYOUTS[layout], dtype)
+
+
+def check(sources, tmp_path, world_size, parallel, dtype):
+    targets = {name: tmp_path / "out" / name for name in sources}
     results = run_ranks(round_trip, world_size, sources, targets, parallel, dtype)
     for name, source in sources.items():
         files = {path.name for path in source.iterdir()}
