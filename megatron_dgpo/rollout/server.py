@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import socket
 import sys
 from pathlib import Path
@@ -19,6 +21,8 @@ from megatron_dgpo.rollout.plugin import BACKEND
 from megatron_dgpo.weights.distributed import is_distributed
 
 ADDRESSES = "MEGATRON_DGPO_ADDRESSES"
+_PORTS = range(20000, 32768)
+_TRIES = 100
 
 
 def start(
@@ -43,9 +47,15 @@ def start(
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    with socket.socket() as listener:
-        listener.bind((host, 0))
-        return listener.getsockname()[1]
+    """One that is likely to stay free for the many seconds until a server binds it.
+
+    Those that the system picks are not: it gives the same ones (from 32768 on Linux) to every outgoing connection.
+    """
+    for port in random.SystemRandom().sample(_PORTS, _TRIES):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind((host, port))
+            return port
+    raise UsageError(f"no free port on {host}: {_TRIES} tried between {_PORTS.start} and {_PORTS.stop - 1}")
 
 
 def transport(config: Config) -> str:
