@@ -1,13 +1,16 @@
-"""`megatron-dgpo sft | train | eval | serve CONFIG [section.name=value ...]`"""
+"""`megatron-dgpo sft | train | eval | serve | launch CONFIG [section.name=value ...]`"""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
+from megatron_dgpo import sbatch, stop
+from megatron_dgpo.cluster import Node
 from megatron_dgpo.config import Config, load_config
 from megatron_dgpo.errors import UsageError
 
@@ -16,15 +19,21 @@ _COMMANDS = {
     "train": "run or continue DGPO training",
     "eval": "report avg@k and pass@k of a checkpoint or a Hugging Face directory",
     "serve": "run one vLLM server as training expects it",
+    "launch": "submit a training run to SLURM",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status. A UsageError is printed as a sentence, without a traceback."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        # A process of its own. Imports take seconds: a signal to stop must not end it before somebody can act on it.
+        stop.block()
+        arguments = sys.argv[1:]
     options = _parse(arguments)
     try:
-        config = load_config(options.config, options.overrides)
+        # In an array of jobs %a stands for the index, which is not known before the job runs.
+        array = options.command == "launch"
+        config = load_config(options.config, [o.replace("%a", "0") if array else o for o in options.overrides])
         if getattr(options, "model", None):
             config = config.model_copy(update={"model": config.model.model_copy(update={"path": options.model})})
         return _run(options, config, arguments)
@@ -49,6 +58,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         if name == "serve":
             command.add_argument("--host", default="127.0.0.1", help="address to listen on")
             command.add_argument("--port", type=int, default=8000)
+        if name == "launch":
+            _add_sizes(command)
     # argparse takes a list of positionals only in one piece; overrides may also follow an option.
     options, rest = parser.parse_known_args(arguments)
     unknown = [argument for argument in rest if argument.startswith("-")]
@@ -58,31 +69,61 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def _add_sizes(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--nodes", type=_count, default=1, help="trainer nodes")
+    command.add_argument("--rollout-nodes", type=_count, default=0, help="vLLM nodes; none: the trainer's runs servers")
+    command.add_argument("--gpus-per-node", type=_count)
+    command.add_argument("--rollout-gpus-per-node", type=_count, help="makes a heterogeneous job if it differs")
+    command.add_argument("--time", help="limit of the job, as sbatch writes it")
+    command.add_argument("--sbatch", action="append", default=[], metavar="--OPTION=VALUE", help="for sbatch as it is")
+    command.add_argument("--dry-run", action="store_true", help="print the sbatch file instead of submitting it")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return int(text)
+
+
+def _launch(options: argparse.Namespace, config: Config) -> int:
+    size = sbatch.Size(options.nodes, options.rollout_nodes, options.gpus_per_node, options.rollout_gpus_per_node)
+    text = sbatch.write(config, options.config, options.overrides, size, options.time, options.sbatch)
+    print(text if options.dry_run else f"submitted as job {sbatch.submit(text)}")
+    return 0
+
+
 def _run(options: argparse.Namespace, config: Config, arguments: list[str]) -> int:
+    if options.command == "launch":
+        return _launch(options, config)
     from megatron_dgpo import launcher
 
-    if options.command == "serve":
-        return launcher.serve(config, options.host, options.port)
     if launcher.is_rank():
-        _run_rank(options, config)
-        return 0
-    parallel = config.parallel
-    world_size = parallel.tensor * parallel.pipeline * (parallel.data or 1)
-    _check(options, config, world_size)
+        return _run_rank(options, config)
+    node = Node.here(config.run.dir)
+    if options.command == "serve":
+        return launcher.serve_node(config, node) if node.in_job else launcher.serve(config, options.host, options.port)
     needs_servers = options.command != "sft" and config.rollout.replay is None
-    return launcher.launch(arguments, config, world_size, needs_servers)
+    if needs_servers:
+        config = launcher.find_servers(config, node)
+    world_size = launcher.trainer_size(config, node)
+    if node.index == 0:
+        _check(options, config, world_size, world_size // node.count)
+    return launcher.launch(arguments, config, node, world_size, needs_servers)
 
 
-def _check(options: argparse.Namespace, config: Config, world_size: int) -> None:
+def _check(options: argparse.Namespace, config: Config, world_size: int, local_size: int) -> None:
     from megatron_dgpo.preflight import check
 
-    check(options.command, config, world_size, getattr(options, "checkpoint", None), bool(getattr(options, "model", 0)))
+    checkpoint, from_model = getattr(options, "checkpoint", None), bool(getattr(options, "model", 0))
+    check(options.command, config, world_size, local_size, checkpoint, from_model)
 
 
-def _run_rank(options: argparse.Namespace, config: Config) -> None:
+def _run_rank(options: argparse.Namespace, config: Config) -> int:
     from megatron_dgpo.model.parallel import data_parallel_size
     from megatron_dgpo.rollout import server
 
+    # The launcher's way to end a rank at once, whatever it waits for.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Libraries talk to the rank's log; rank 0's standard output is the user's.
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -90,19 +131,21 @@ def _run_rank(options: argparse.Namespace, config: Config) -> None:
     data_parallel_size(config.parallel, world_size)
     if server.ADDRESSES not in os.environ and os.environ["RANK"] == "0":
         # Not started by our launcher, which has checked already.
-        _check(options, config, world_size)
+        _check(options, config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    finished = True
     if options.command == "sft":
         from megatron_dgpo.sft import sft
 
-        sft(config)
+        finished = sft(config)
     elif options.command == "train":
         from megatron_dgpo.trainer import train
 
-        train(config)
+        finished = train(config)
     else:
         from megatron_dgpo.evaluation import evaluate_policy
 
         evaluate_policy(config, options.checkpoint, from_model=options.model is not None)
+    return 0 if finished else stop.STOPPED
 
 
 if __name__ == "__main__":

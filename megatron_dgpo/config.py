@@ -126,7 +126,9 @@ class Rollout(Section):
     transport: Literal["auto", "memory", "shards", "ipc"] = "auto"
     """How weights travel. memory: workers on this machine read their shards in place, on a CPU; shards: the ranks that
     hold them send them, over gloo or NCCL; ipc: vLLM's own, of gathered tensors, to servers on the ranks' GPUs. auto:
-    memory on CPU, shards on GPUs."""
+    memory on CPU, on GPUs shards, or ipc if the servers sleep."""
+    sleep: bool = False
+    """Servers free their GPUs' memory while the policy trains, for servers on the ranks' own GPUs (transport ipc)."""
     bucket_bytes: PositiveInt = 256 * 2**20
     """shards: most bytes that a worker receives at once; both sides hold two such buckets."""
     transfer_timeout_s: PositiveFloat = 30

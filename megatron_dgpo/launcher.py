@@ -1,7 +1,8 @@
-"""One machine: start vLLM servers and trainer ranks, watch them, and end all of them when any one fails.
+"""One machine, alone or a node of a SLURM job: start vLLM servers and trainer ranks, watch them, and end all of them
+when any one fails.
 
-Under torchrun or SLURM, which start the ranks themselves, this file is not used: `rollout.addresses` names the
-servers and MEGATRON_DGPO_SECRET carries their secret, here as there.
+Under torchrun, which starts the ranks itself, this file is not used: `rollout.addresses` names the servers and
+MEGATRON_DGPO_SECRET carries their secret, here as there.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import secrets
 import signal
 import sys
 import time
-from pathlib import Path
 
-from megatron_dgpo import process
+import torch
+
+from megatron_dgpo import process, stop
+from megatron_dgpo.cluster import Node
 from megatron_dgpo.config import Config
+from megatron_dgpo.errors import UsageError
 from megatron_dgpo.rollout import server
 from megatron_dgpo.rollout.guard import SECRET
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_AT_ONCE = (signal.SIGINT, signal.SIGHUP)
 
 
 class _Interrupted(BaseException):
@@ -28,35 +32,39 @@ class _Interrupted(BaseException):
 
 def _interrupt(number: int, _frame) -> None:
     # A second Ctrl-C must not break the clean-up that the first one started.
-    for other in _SIGNALS:
+    for other in (*_AT_ONCE, *stop.SIGNALS):
         signal.signal(other, signal.SIG_IGN)
     raise _Interrupted(number)
 
 
-def launch(arguments: list[str], config: Config, world_size: int, needs_servers: bool) -> int:
-    """Run `megatron-dgpo ARGUMENTS` as `world_size` ranks of this machine and return the exit status.
+def launch(arguments: list[str], config: Config, node: Node, world_size: int, needs_servers: bool) -> int:
+    """Run `megatron-dgpo ARGUMENTS` as this node's share of `world_size` ranks and return the exit status.
 
-    Ends within seconds of the first failure, printing the failed process's last lines; on SIGINT, SIGTERM or SIGHUP
-    ends everything and returns 128 + the signal. Nothing it started outlives it, even when it is killed.
+    Ends within seconds of the first failure, printing the failed process's last lines. Asked by SIGTERM or SIGUSR1,
+    training finishes its step and saves: stop.STOPPED. SIGINT, SIGHUP, a second SIGTERM, and any during an evaluation
+    end everything at once: 128 + the signal. Nothing it started outlives it, even when it is killed.
     """
-    logs = config.run.dir / "logs"
     secret = os.environ.get(SECRET) or secrets.token_urlsafe(32)
     servers: list[process.Child] = []
     ranks: list[process.Child] = []
-    for number in _SIGNALS:
-        signal.signal(number, _interrupt)
+    _handle_signals(ranks, gently=arguments[0] != "eval")
     try:
         addresses = list(config.rollout.addresses)
         if needs_servers and not addresses:
-            servers, addresses = server.start(config, secret, logs)
-        port = server.free_port()
-        for rank in range(world_size):
-            ranks.append(_start_rank(rank, world_size, port, arguments, addresses, secret, logs))
-        failed = process.supervise(ranks, servers)
-        if failed is None:
-            return 0
-        _report(failed, servers)
-        return failed.process.returncode if failed.process.returncode > 0 else 1
+            servers, addresses = server.start(config, secret, node.logs)
+        master = _agree_on_master(config, node)
+        for local_rank in range(world_size // node.count):
+            ranks.append(_start_rank(local_rank, node, world_size, master, arguments, addresses, secret))
+        # Not before: what was started keeps the stop signals blocked.
+        stop.unblock()
+        failed = process.supervise(ranks, servers, good=(0, stop.STOPPED))
+        if failed is not None:
+            _report(failed, servers, node)
+            return failed.process.returncode if failed.process.returncode > 0 else 1
+        status = max(rank.process.returncode for rank in ranks)
+        if status == stop.STOPPED and node.index == 0:
+            print("\nstopped after a whole step; the same command continues the run", file=sys.stderr, flush=True)
+        return status
     except _Interrupted as interrupted:
         name = signal.Signals(interrupted.number).name
         print(f"\nstopped by {name}; the same command continues the run", file=sys.stderr, flush=True)
@@ -65,40 +73,129 @@ def launch(arguments: list[str], config: Config, world_size: int, needs_servers:
         process.stop([*ranks, *servers])
 
 
+def _handle_signals(ranks: list[process.Child], gently: bool) -> None:
+    """gently: pass the stop signals on to the ranks. They stay blocked as yet."""
+
+    def ask(number: int, _frame) -> None:
+        if number == signal.SIGTERM:
+            signal.signal(number, _interrupt)
+        print(f"\n{signal.Signals(number).name}: stopping when the running step is saved", file=sys.stderr, flush=True)
+        for rank in ranks:
+            if rank.process.poll() is None:
+                rank.process.send_signal(signal.SIGUSR1)
+
+    stop.block()
+    for number in _AT_ONCE:
+        signal.signal(number, _interrupt)
+    for number in stop.SIGNALS:
+        signal.signal(number, ask if gently else _interrupt)
+
+
+def _agree_on_master(config: Config, node: Node) -> tuple[str, int]:
+    """Where rank 0 gathers the others: a port that is free on the first node."""
+    if node.index:
+        return tuple(node.read("master", config.rollout.start_timeout_s, "the first trainer node"))
+    master = node.address, server.free_port(node.address)
+    if node.count > 1:
+        node.publish("master", master)
+    return master
+
+
 def _start_rank(
-    rank: int, world_size: int, port: int, arguments: list[str], addresses: list[str], secret: str, logs: Path
+    local_rank: int,
+    node: Node,
+    world_size: int,
+    master: tuple[str, int],
+    arguments: list[str],
+    addresses: list[str],
+    secret: str,
 ) -> process.Child:
+    local_size = world_size // node.count
+    rank = node.index * local_size + local_rank
     environment = {
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // world_size)),
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // local_size)),
+        **node.environment(),
         **os.environ,
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
         "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "LOCAL_WORLD_SIZE": str(local_size),
+        "MASTER_ADDR": master[0],
+        "MASTER_PORT": str(master[1]),
         server.ADDRESSES: ",".join(addresses),
         SECRET: secret,
     }
     command = [sys.executable, "-m", "megatron_dgpo.cli", *arguments]
-    return process.start(f"rank {rank}", command, environment, logs / f"rank_{rank}.log", show_output=rank == 0)
+    return process.start(f"rank {rank}", command, environment, node.logs / f"rank_{rank}.log", show_output=rank == 0)
 
 
-def _report(failed: process.Child, servers: list[process.Child]) -> None:
-    """Show the first failure, and the servers that ended beside it: a rank often fails because its server did."""
+def _report(failed: process.Child, servers: list[process.Child], node: Node) -> None:
+    """Show the first failure, and the servers that ended beside it: a rank often fails because its server did.
+
+    Of a job's nodes only the first to fail shows its output; what follows elsewhere is named.
+    """
+    in_full = node.is_first_failure()
     time.sleep(1)
     for child in {id(c): c for c in [failed, *servers] if c.process.poll() is not None}.values():
         status = child.process.returncode
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        print(f"\n{child.failure()}\n\n{child.name} ended ({how}); its whole output: {child.log}", file=sys.stderr)
+        shown = f"\n{child.failure()}\n\n" if in_full else "after the job's first failure, "
+        print(f"{shown}{child.name} ended ({how}); its whole output: {child.log}", file=sys.stderr, flush=True)
+
+
+def trainer_size(config: Config, node: Node) -> int:
+    """Ranks of all trainer nodes; raises UsageError where they cannot share them evenly."""
+    parallel = config.parallel
+    size = parallel.tensor * parallel.pipeline * (parallel.data or 1)
+    gpus = torch.cuda.device_count() * node.count
+    if node.rollout_nodes and parallel.data is None and gpus:
+        # Nobody else needs this node's GPUs.
+        size = gpus
+    if size % node.count:
+        raise UsageError(f"parallel.tensor × pipeline × data = {size} ranks do not divide over {node.count} nodes")
+    return size
+
+
+def find_servers(config: Config, node: Node) -> Config:
+    """With the addresses of the servers that the job's rollout nodes have started, if it has any."""
+    if not node.rollout_nodes:
+        if node.count > 1 and not config.rollout.addresses:
+            raise UsageError("a job of several trainer nodes needs rollout nodes, or rollout.addresses")
+        return config
+    addresses: list[str] = []
+    for index in range(node.rollout_nodes):
+        what = f"the vLLM servers of rollout node {index}"
+        addresses += node.read(f"servers_{index}", config.rollout.start_timeout_s, what)
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"addresses": tuple(addresses)})})
 
 
 def serve(config: Config, host: str, port: int) -> int:
     """Become one vLLM server, as training expects it, for `rollout.addresses` of another command."""
     server.secret()
+    stop.unblock()
     command = server.command(config, port, host)
-    os.execve(command[0], command, {**os.environ, **server.environment(config, 0)})
+    os.execve(command[0], command, {**os.environ, **server.environment(config, 0, alone=True)})
+
+
+def serve_node(config: Config, node: Node) -> int:
+    """Run `rollout.servers` servers on this rollout node of a job until SIGINT; ends all when any one ends."""
+    for number in _AT_ONCE:
+        signal.signal(number, _interrupt)
+    # The stop signals are not for servers, which the trainer needs until its last step is done.
+    stop.block()
+    servers: list[process.Child] = []
+    try:
+        first = node.index * config.rollout.servers
+        servers, addresses = server.start(config, server.secret(), node.logs, node, first)
+        node.publish(f"servers_{node.index}", addresses)
+        _report(process.supervise([], servers), servers, node)
+        return 1
+    except _Interrupted:
+        return 0
+    finally:
+        process.stop(servers)
 
 
 def is_rank() -> bool:
-    """True in a process that torchrun, SLURM's srun or this launcher started as one of the trainer's ranks."""
+    """True in a process that torchrun or this launcher started as one of the trainer's ranks."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

@@ -20,11 +20,16 @@ from megatron_dgpo.weights.architectures import Architecture, check_layout, read
 from megatron_dgpo.weights.load import check_weights
 
 
-def check(command: str, config: Config, world_size: int, checkpoint: Path | None, from_model: bool) -> None:
-    """Raise UsageError for the first thing that `command` could not work with; leaves nothing behind."""
+def check(
+    command: str, config: Config, world_size: int, local_size: int, checkpoint: Path | None, from_model: bool
+) -> None:
+    """Raise UsageError for the first thing that `command` could not work with; leaves nothing behind.
+
+    local_size: ranks of this machine, of `world_size` in all.
+    """
     architecture = _check_model(config)
     check_layout(architecture, config.parallel, config.model.path)
-    _check_devices(world_size)
+    _check_devices(local_size)
     replicas = world_size // (config.parallel.tensor * config.parallel.pipeline)
     if config.parallel.tensor * replicas % config.parallel.expert:
         raise UsageError(
@@ -76,11 +81,12 @@ def _check_model(config: Config) -> Architecture:
     return architecture
 
 
-def _check_devices(world_size: int) -> None:
+def _check_devices(local_size: int) -> None:
     count = torch.cuda.device_count()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    if count and local > count:
-        raise UsageError(f"parallel.tensor × pipeline × data = {local} ranks here, but this machine has {count} GPUs")
+    if count and local_size > count:
+        raise UsageError(
+            f"parallel.tensor × pipeline × data = {local_size} ranks here, but this machine has {count} GPUs"
+        )
 
 
 def _check_rollouts(config: Config, architecture: Architecture) -> None:
@@ -109,6 +115,11 @@ def _check_rollouts(config: Config, architecture: Architecture) -> None:
             )
     if rollout.replay and not rollout.replay.is_dir():
         raise UsageError(f"rollout.replay={rollout.replay} is not a folder of recorded responses")
+    if rollout.sleep and torch.cuda.is_available() and server.transport(config) != "ipc":
+        raise UsageError(
+            f"rollout.sleep is for servers on the ranks' own GPUs, which rollout.transport={rollout.transport} cannot "
+            "reach; use ipc"
+        )
     for address in rollout.addresses:
         host = urlparse(address).hostname
         if urlparse(address).scheme not in ("http", "https") or not host:

@@ -14,15 +14,16 @@ from pathlib import Path
 
 _LAST_LINES = 25
 _POLL_S = 0.05
+_SUPERVISE_S = 0.2
 
 # Reads the children's process groups until its parent is gone, then ends what is left of them: first by asking, so that
-# their resource trackers unlink shared memory. Groups, because a dead rank's own children (Megatron's checkpoint
-# writers, vLLM's workers) would stay otherwise.
+# their resource trackers unlink shared memory. (By SIGINT: they may have SIGTERM blocked, see stop.py.) Groups, because
+# a dead rank's own children (Megatron's checkpoint writers, vLLM's workers) would stay otherwise.
 _GUARDIAN = """
-trap '' INT TERM HUP
+trap '' INT TERM HUP USR1
 while read -r group; do groups="$groups $group"; done
 end() { kill "-$1" "-$group" 2>/dev/null && left="$left $group"; }
-for group in $groups; do end TERM; done
+for group in $groups; do end INT; done
 if [ "$left" ]; then sleep 5; for group in $left; do end KILL; done; fi
 """
 
@@ -78,7 +79,7 @@ def stop(children: Iterable[Child], grace_s: float = 10) -> None:
     """Ask every child's process group to end, wait up to `grace_s` for all together, then kill what is left."""
     children = list(children)
     for child in children:
-        _signal_group(child, signal.SIGTERM)
+        _signal_group(child, signal.SIGINT)
     deadline = time.monotonic() + grace_s
     # The leader may be gone while its own children linger, or its resource tracker unlinks shared memory.
     while any([_signal_group(child, 0) for child in children]) and time.monotonic() < deadline:
@@ -98,15 +99,18 @@ def _signal_group(child: Child, number: int) -> bool:
     return True
 
 
-def supervise(workers: list[Child], servers: list[Child], poll_s: float = 0.2) -> Child | None:
-    """Wait until every worker has ended well (None), or until any worker fails or any server ends (that child)."""
+def supervise(workers: list[Child], servers: list[Child], good: tuple[int, ...] = (0,)) -> Child | None:
+    """Wait until every worker has ended well (None), or until any worker fails or any server ends (that child).
+
+    Without workers: until a server ends. Of several that failed at once, the first to fall silent: its peers wrote
+    their tracebacks after it. good: exit statuses of a worker that has ended well.
+    """
     while True:
-        for child in workers:
-            if child.process.poll() not in (None, 0):
-                return child
-        if all(child.process.returncode == 0 for child in workers):
+        if failed := [child for child in workers if child.process.poll() not in (None, *good)]:
+            return min(failed, key=lambda child: child.log.stat().st_mtime)
+        if workers and all(child.process.returncode is not None for child in workers):
             return None
         for child in servers:
             if child.process.poll() is not None:
                 return child
-        time.sleep(poll_s)
+        time.sleep(_SUPERVISE_S)

@@ -70,6 +70,7 @@ class Session(contextlib.ExitStack):
         self.policy.reload_master_weights()
         self.log = self.enter_context(MetricsLog(config.run.dir, name, visible=dist.get_rank() == 0))
         self._checkpoints = config.run.dir / "checkpoints"
+        self._asleep = False
 
     # Checkpoints
 
@@ -125,11 +126,31 @@ class Session(contextlib.ExitStack):
         in_place = kind == "memory"
         return ShardSync(engines, shards, self.architecture, layout, self.config.rollout, dtype, in_place)
 
+    def rest_servers(self) -> None:
+        """With rollout.sleep: until the next push the servers' GPUs are the trainer's.
+
+        Collectives: a barrier, for the replicas that still sample, and one object broadcast.
+        """
+        if self.config.rollout.sleep and not self.config.rollout.replay:
+            dist.barrier()
+            from_rank_0(lambda: self.experience.engines.sleep())
+            self._asleep = True
+
+    def _wake_servers(self, what: str) -> None:
+        if self._asleep:
+            # What the trainer's allocator merely keeps, the servers need.
+            torch.cuda.empty_cache()
+            dist.barrier()
+            from_rank_0(lambda: self.experience.engines.wake_up(what))
+
     def push_weights(self, version: int) -> dict[str, float]:
         """Make the servers serve the policy's weights as `version`, and stop the run unless they do."""
         if self.config.rollout.replay:
             return {}
+        self._wake_servers("weights")
         self._weight_sync.push(version)
+        self._wake_servers("kv_cache")
+        self._asleep = False
         probes, expected = self._probe()
         tolerance = self.config.rollout.canary_tolerance or _TOLERANCE[server.dtype(self.config)]
         gap = from_rank_0(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from megatron.core import parallel_state
 
+from megatron_dgpo import stop
 from megatron_dgpo.config import Config
 from megatron_dgpo.data import PromptOrder, load_solutions
 from megatron_dgpo.manifest import Progress
@@ -12,15 +13,19 @@ from megatron_dgpo.session import Session
 from megatron_dgpo.statistics import token_statistics
 
 
-def sft(config: Config) -> None:
-    """Fine-tune for `sft.steps`, or continue doing so, and write `run.dir/hf`. Collective: called by every rank."""
+def sft(config: Config) -> bool:
+    """Fine-tune for `sft.steps`, or continue doing so, and write `run.dir/hf`; False if it was asked to stop before.
+
+    Collective: called by every rank.
+    """
     with Session(config, "sft", config.sft.steps) as session:
         solutions = load_solutions(config, session.tokenizer)
         order = PromptOrder(len(solutions), config.run.seed, config.data.shuffle)
         loss = _mean_negative_logprob(session.architecture.vocab_size)
         progress = session.restore()
         session.log.start(progress.step, config.sft.steps)
-        while progress.step < config.sft.steps:
+        stopped = stop.asked()
+        while progress.step < config.sft.steps and not stopped:
             with session.log.phase("policy"):
                 rows = [solutions[i] for i in order.take(progress.prompts, config.sft.batch_size, *session.replica)]
                 batch = session.make_batch([row.prompt_ids for row in rows], [row.response_ids for row in rows])
@@ -34,10 +39,14 @@ def sft(config: Config) -> None:
                 "rollout/tokens": result.metrics["tokens"],
             }
             session.log.write(progress.step, metrics)
-            if progress.step == config.sft.steps or progress.step % config.checkpoint.every == 0:
+            last = progress.step == config.sft.steps
+            stopped = stop.asked() and not last
+            if last or stopped or progress.step % config.checkpoint.every == 0:
                 with session.log.phase("checkpoint"):
                     session.save(progress)
-        session.export()
+        if not stopped:
+            session.export()
+        return not stopped
 
 
 def _mean_negative_logprob(vocab_size: int):

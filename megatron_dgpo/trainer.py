@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from megatron.core import parallel_state
 
+from megatron_dgpo import stop
 from megatron_dgpo.algorithm.advantages import group_advantages
 from megatron_dgpo.algorithm.objective import policy_objective, token_credit
 from megatron_dgpo.batch import Batch
@@ -27,8 +28,11 @@ class TrainingStopped(RuntimeError):
     """Training cannot go on; says why."""
 
 
-def train(config: Config) -> None:
-    """Run or continue the training run of `run.dir`. Collective: called by every rank."""
+def train(config: Config) -> bool:
+    """Run or continue the training run of `run.dir`; False if it was asked to stop before its last step.
+
+    Collective: called by every rank.
+    """
     with Session(config, "train", config.run.steps * config.batch.minibatches) as session:
         log = session.log
         problems = load_prompts(config, config.data.train, "data.train", session.tokenizer)
@@ -41,11 +45,13 @@ def train(config: Config) -> None:
         session.push_weights(progress.weight_version)
         if progress.step == 0:
             log.write(0, evaluate(session, held_out, 0))
-        while progress.step < config.run.steps:
+        stopped = stop.asked()
+        while progress.step < config.run.steps and not stopped:
             step, last = progress.step + 1, progress.step + 1 == config.run.steps
             with log.phase("rollout"):
                 rows = order.take(progress.prompts, config.rollout.prompts_per_step, *session.replica)
                 scored = session.experience.sample([problems[row] for row in rows], step)
+                session.rest_servers()
             metrics = updates.make(scored)
             with log.phase("weights"):
                 metrics |= session.push_weights(step)
@@ -55,10 +61,13 @@ def train(config: Config) -> None:
                     metrics |= evaluate(session, held_out, step)
             # Written before the checkpoint: a kill between the two repeats the step, and its row is replaced.
             log.write(step, metrics)
-            if last or step % config.checkpoint.every == 0:
+            stopped = stop.asked() and not last
+            if last or stopped or step % config.checkpoint.every == 0:
                 with log.phase("checkpoint"):
                     session.save(progress)
-        session.export()
+        if not stopped:
+            session.export()
+        return not stopped
 
 
 class Updates:

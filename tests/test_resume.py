@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from megatron_dgpo.manifest import candidates
 from megatron_dgpo.metrics import read_metrics
+from megatron_dgpo.stop import STOPPED
 from tests.layouts import LAYOUTS
 from tests.tiny_models import make_tiny_model
 
 STEPS = 4
+RECORDED_STEPS = 12
 RESPONSES = 4
 
 
@@ -33,7 +35,7 @@ def recorded(tmp_path_factory):
     (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
     generator = torch.Generator().manual_seed(0)
     (folder / "rollouts").mkdir()
-    for step in range(1, STEPS + 1):
+    for step in range(1, RECORDED_STEPS + 1):
         rows = []
         for prompt in range(8):
             for place in range(RESPONSES):
@@ -172,7 +174,38 @@ def test_a_dead_rank_ends_the_run_with_its_name(recorded, tmp_path):
     wait_until_gone(tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_asked_to_stop_saves_and_continues(recorded, tmp_path):
+    """A signal to every process, as SLURM sends it, and to the launcher alone, as a user does."""
+    sections = dict(run={"steps": RECORDED_STEPS}, checkpoint={"every": 100})
+    whole, asked = (write_config(recorded, tmp_path / name, {"tensor": 2}, **sections) for name in ("whole", "asked"))
+    metrics = tmp_path / "asked" / "metrics" / "train.jsonl"
+    run(whole)
+    for number, everyone in ((signal.SIGTERM, True), (signal.SIGUSR1, False)):
+        process = subprocess.Popen(command(asked), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        rows = len(read_metrics(metrics))
+        wait_for_rows(metrics, rows + 1)
+        for pid in processes(tmp_path) if everyone else [process.pid]:
+            os.kill(pid, number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == STOPPED, errors
+        assert b"the same command continues the run" in errors
+        [newest, *_] = candidates(tmp_path / "asked" / "checkpoints")
+        last = read_metrics(metrics)[-1]["step"]
+        assert newest.name == f"step_{last:08d}" and rows <= last < RECORDED_STEPS
+        assert not (tmp_path / "asked" / "hf").exists()
+        wait_until_gone(tmp_path)
+    run(asked)
+    assert_identical(weights(whole), weights(asked))
+
+
+def wait_for_rows(metrics: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(read_metrics(metrics)) < count:
+        assert time.monotonic() < deadline, f"{metrics} has not got {count} rows within 120 s"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_interrupted_run_leaves_nothing(recorded, tmp_path, number):
     shared_memory = set(Path("/dev/shm").iterdir())
     config = write_config(recorded, tmp_path / "run", {"tensor": 2})

@@ -71,21 +71,21 @@ def write_config(folder, family, parallel, **rollout):
 
 
 @pytest.mark.parametrize(
-    "family, parallel, transport",
+    "family, parallel, rollout",
     [
-        ("llama", {"tensor": 2}, "memory"),
-        ("mistral", {}, "memory"),
-        ("qwen2", {"pipeline": 2}, "shards"),
-        ("qwen3", {"data": 2}, "shards"),
-        ("mixtral", {"data": 2, "expert": 2}, "memory"),
-        ("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 2}, "shards"),
+        ("llama", {"tensor": 2}, {"transport": "memory"}),
+        ("mistral", {}, {"transport": "memory", "sleep": True}),
+        ("qwen2", {"pipeline": 2}, {"transport": "shards"}),
+        ("qwen3", {"data": 2}, {"transport": "shards", "sleep": True}),
+        ("mixtral", {"data": 2, "expert": 2}, {"transport": "memory"}),
+        ("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 2}, {"transport": "shards"}),
     ],
 )
-def test_three_steps(folder, monkeypatch, family, parallel, transport):
+def test_three_steps(folder, monkeypatch, family, parallel, rollout):
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setenv("PYTHONPATH", str(folder))
-    config = write_config(folder, family, parallel, transport=transport)
+    config = write_config(folder, family, parallel, **rollout)
     megatron_dgpo("train", config)
     run = folder / family / "run"
     rows = read_metrics(run / "metrics" / "train.jsonl")
@@ -96,6 +96,9 @@ def test_three_steps(folder, monkeypatch, family, parallel, transport):
         assert row["policy/rollout_logprob_gap"] < 1e-4
         assert row["policy/grad_norm"] > 0
         assert row["rollout/weight_version"] == row["step"] - 1
+    # A CPU server does all of it but freeing memory.
+    log = (run / "logs" / "vllm_0.log").read_text()
+    assert log.count("wake up the engine with tags: ['kv_cache']") == (STEPS if rollout.get("sleep") else 0)
     for step in range(1, STEPS + 1):
         recorded = [
             json.loads(line)

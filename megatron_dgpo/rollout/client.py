@@ -96,6 +96,14 @@ class Engines:
         """Call a method of the worker extension on every worker of a server."""
         return self._call(_Call("POST", address, "/collective_rpc", {"method": method}))[0]["results"]
 
+    def sleep(self) -> None:
+        """Free the KV cache, and keep the weights in host memory. No request may be under way."""
+        self._post_to_all("/sleep?level=1")
+
+    def wake_up(self, what: str) -> None:
+        """what: "weights" or "kv_cache"; with both, requests are served again."""
+        self._post_to_all(f"/wake_up?tags={what}")
+
     # vLLM's VLLMWeightSyncClient protocol, to all servers at once.
 
     def init_weight_transfer_engine(self, init_infos: list[dict]) -> None:

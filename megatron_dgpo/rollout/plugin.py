@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 
+from megatron_dgpo import stop
+
 BACKEND = "megatron_dgpo"
 """Its name among vLLM's: `--weight-transfer-config '{"backend": "megatron_dgpo"}'`."""
 
@@ -17,6 +19,8 @@ def register() -> None:
         return
     WeightTransferEngineFactory.register_engine(BACKEND, "megatron_dgpo.rollout.transport", "ShardEngine")
     _unlink_joined_shared_memory()
+    # vLLM starts processes, which may unblock them.
+    stop.keep_blocked()
 
 
 def _unlink_joined_shared_memory() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import socket
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_dgpo import process
+from megatron_dgpo.cluster import Node
 from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.rollout.guard import SECRET
@@ -18,32 +21,51 @@ from megatron_dgpo.rollout.plugin import BACKEND
 from megatron_dgpo.weights.distributed import is_distributed
 
 ADDRESSES = "MEGATRON_DGPO_ADDRESSES"
+_PORTS = range(20000, 32768)
+_TRIES = 100
 
 
-def start(config: Config, secret: str, logs: Path) -> tuple[list[process.Child], list[str]]:
-    """Start `rollout.servers` servers on this machine; returns them and their addresses, not yet healthy."""
+def start(
+    config: Config, secret: str, logs: Path, node: Node | None = None, first: int = 0
+) -> tuple[list[process.Child], list[str]]:
+    """Start `rollout.servers` servers on this machine; returns them and their addresses, not yet healthy.
+
+    node: of a job, that runs nothing else, for trainers on other nodes; its servers are counted from `first`. None:
+    beside the trainer, on loopback.
+    """
     children, found = [], []
+    host = node.address if node else "127.0.0.1"
+    shared = {**(node.environment() if node else {}), **os.environ, SECRET: secret}
     for index in range(config.rollout.servers):
-        port = free_port()
-        variables = {**os.environ, **environment(config, index), SECRET: secret}
-        children.append(
-            process.start(f"vLLM server {index}", command(config, port), variables, logs / f"vllm_{index}.log")
-        )
-        found.append(f"http://127.0.0.1:{port}")
+        port = free_port(host)
+        name = f"vLLM server {first + index}"
+        log = logs / f"vllm_{first + index}.log"
+        variables = shared | environment(config, index, alone=node is not None)
+        children.append(process.start(name, command(config, port, host), variables, log))
+        found.append(f"http://{host}:{port}")
     return children, found
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def free_port(host: str = "127.0.0.1") -> int:
+    """One that is likely to stay free for the many seconds until a server binds it.
+
+    Those that the system picks are not: it gives the same ones (from 32768 on Linux) to every outgoing connection.
+    """
+    for port in random.SystemRandom().sample(_PORTS, _TRIES):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind((host, port))
+            return port
+    raise UsageError(f"no free port on {host}: {_TRIES} tried between {_PORTS.start} and {_PORTS.stop - 1}")
 
 
 def transport(config: Config) -> str:
     """How weights travel to the servers."""
     if config.rollout.transport != "auto":
         return config.rollout.transport
-    return "shards" if torch.cuda.is_available() else "memory"
+    if not torch.cuda.is_available():
+        return "memory"
+    # NCCL refuses two ranks on one GPU.
+    return "ipc" if config.rollout.sleep else "shards"
 
 
 def dtype(config: Config) -> str:
@@ -81,6 +103,8 @@ def command(config: Config, port: int, host: str = "127.0.0.1") -> list[str]:
         "--skip-tokenizer-init",
         "--disable-uvicorn-access-log",
         *(("--enforce-eager",) if eager else ()),
+        # A CPU server takes the same requests without it, and keeps its memory.
+        *(("--enable-sleep-mode",) if rollout.sleep and on_gpu else ()),
         *(("--gpu-memory-utilization", str(rollout.gpu_memory_fraction)) if on_gpu else _cpu_options(config)),
     ]
 
@@ -96,8 +120,11 @@ def _cpu_options(config: Config) -> tuple[str, ...]:
     )
 
 
-def environment(config: Config, index: int) -> dict[str, str]:
-    """Variables of server `index` of this machine, beside the inherited ones and the secret."""
+def environment(config: Config, index: int, alone: bool = False) -> dict[str, str]:
+    """Variables of server `index` of this machine, beside the inherited ones and the secret.
+
+    alone: no ranks run on this machine.
+    """
     # Dev mode opens the endpoints for pausing and updating weights; the guard covers them.
     variables = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if transport(config) == "ipc":
@@ -107,8 +134,11 @@ def environment(config: Config, index: int) -> dict[str, str]:
         first = index * config.rollout.tensor
         ranks = config.parallel.tensor * config.parallel.pipeline * (config.parallel.data or 1)
         shared = torch.cuda.device_count() < ranks + config.rollout.servers * config.rollout.tensor
-        first += 0 if shared else ranks
-        variables["CUDA_VISIBLE_DEVICES"] = ",".join(str(first + i) for i in range(config.rollout.tensor))
+        first += 0 if shared or alone else ranks
+        # Those that SLURM gave to this job, where it says so.
+        given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        devices = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(devices[first : first + config.rollout.tensor])
         return variables
     cores = sorted(os.sched_getaffinity(0))
     share = [cores[rank :: config.rollout.tensor] or cores[:1] for rank in range(config.rollout.tensor)]

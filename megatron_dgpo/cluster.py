@@ -1,0 +1,114 @@
+"""One machine's place in a SLURM job: who it is, where it listens, and how it finds the others.
+
+The sbatch files start one launcher a node. Ports are found where they are used and told to the others through files in
+the job's folder of logs, `run.dir/logs/JOB.RESTART`, which all nodes share as they share checkpoints. Nothing secret
+is in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from megatron_dgpo.errors import UsageError
+
+JOB = "MEGATRON_DGPO_JOB"
+"""JOB.RESTART, set by the sbatch files: this process is a node's launcher."""
+ROLLOUT_NODES = "MEGATRON_DGPO_ROLLOUT_NODES"
+"""Nodes of the job that run vLLM servers only; 0: the trainer's node starts its own."""
+INTERFACE = "MEGATRON_DGPO_INTERFACE"
+"""Network interface to listen on, such as ib0; default: the one through which this node reaches the job's first."""
+
+_LOOPBACK = "127.0.0.1"
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Node:
+    """`index` of the `count` nodes that run the same command; `rollout_nodes` others run servers."""
+
+    logs: Path
+    index: int = 0
+    count: int = 1
+    rollout_nodes: int = 0
+    address: str = _LOOPBACK
+    in_job: bool = False
+
+    @classmethod
+    def here(cls, run_dir: Path, variables: Mapping[str, str] = os.environ) -> Node:
+        """From SLURM's variables in a job of the sbatch files; otherwise this machine alone."""
+        logs = run_dir / "logs"
+        if JOB not in variables:
+            return cls(logs)
+        return cls(
+            logs / variables[JOB],
+            int(variables.get("SLURM_NODEID", 0)),
+            int(variables.get("SLURM_STEP_NUM_NODES", 1)),
+            int(variables.get(ROLLOUT_NODES, 0)),
+            _own_address(variables),
+            in_job=True,
+        )
+
+    def environment(self) -> dict[str, str]:
+        """Where this node's processes meet those of other nodes; what the user has set stays."""
+        if self.address == _LOOPBACK:
+            return {}
+        found = {"VLLM_HOST_IP": self.address, "GLOO_SOCKET_IFNAME": _interface_of(self.address)}
+        return {name: value for name, value in found.items() if value and name not in os.environ}
+
+    def publish(self, name: str, value) -> None:
+        """Tell the other nodes."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        partial = self.logs / f".{name}.json"
+        partial.write_text(json.dumps(value))
+        partial.rename(self.logs / f"{name}.json")
+
+    def read(self, name: str, timeout_s: float, what: str):
+        """What a node has published, when it has; raises UsageError with `what` was waited for."""
+        file = self.logs / f"{name}.json"
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            with contextlib.suppress(FileNotFoundError):
+                return json.loads(file.read_text())
+            # Lets a network file system look again.
+            with contextlib.suppress(FileNotFoundError):
+                os.listdir(self.logs)
+            time.sleep(_POLL_S)
+        raise UsageError(f"waited {timeout_s:g} s (rollout.start_timeout_s) for {what}: {file} has not appeared")
+
+    def is_first_failure(self) -> bool:
+        """True for the first caller of the whole job: its failure caused the others'."""
+        try:
+            if self.in_job:
+                (self.logs / "failed").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+
+def _own_address(variables: Mapping[str, str]) -> str:
+    if name := variables.get(INTERFACE):
+        addresses = psutil.net_if_addrs().get(name, [])
+        found = [address.address for address in addresses if address.family == socket.AF_INET]
+        if not found:
+            raise UsageError(f"{INTERFACE}={name}: no such interface with an IPv4 address on this node")
+        return found[0]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        # Sends nothing: asks the kernel for the route.
+        probe.connect((variables["SLURM_LAUNCH_NODE_IPADDR"], 9))
+        return probe.getsockname()[0]
+
+
+def _interface_of(address: str) -> str | None:
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in addresses):
+            return name
+    return None

@@ -1,0 +1,104 @@
+"""`megatron-dgpo launch`: the sbatch file for a config and a number of nodes, complete in itself.
+
+It is one of `slurm/`'s with other sizes, `slurm/job.sh` in place of the line that reads it, and the command line at its
+top. Needs neither a GPU nor PyTorch: login nodes have neither.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_dgpo.config import Config
+from megatron_dgpo.errors import UsageError
+
+_ROOT = Path(__file__).parents[1]
+_SOURCE = "source slurm/job.sh\n"
+_PREFIX = "#SBATCH --"
+
+
+@dataclass(frozen=True)
+class Size:
+    """nodes: that train. rollout_nodes: that run vLLM servers; 0: the one trainer node runs its own.
+
+    gpus: of a node; None: as the cluster gives them. rollout_gpus: of a rollout node; None: the same.
+    """
+
+    nodes: int
+    rollout_nodes: int = 0
+    gpus: int | None = None
+    rollout_gpus: int | None = None
+
+
+def write(config: Config, file: Path, overrides: list[str], size: Size, time: str | None, options: list[str]) -> str:
+    """The text of the sbatch file; raises UsageError for sizes that the config's layout does not fill.
+
+    options: further ones of sbatch, such as --partition=h100; they win over the file's own.
+    """
+    _check(config, size)
+    shared = size.rollout_nodes == 0
+    text = (_ROOT / "slurm" / ("shared.sbatch" if shared else "separate.sbatch")).read_text()
+    header, body = text.split(_SOURCE)
+    mixed = size.rollout_gpus not in (None, size.gpus)
+    settings = {"nodes": size.nodes if shared or mixed else size.nodes + size.rollout_nodes}
+    settings |= {"time": time} if time else {}
+    settings |= {"gpus-per-node": size.gpus} if size.gpus else {}
+    settings |= dict(option.removeprefix("--").partition("=")[::2] for option in options)
+    lines = _directives(header, settings)
+    if mixed:
+        # A component takes nothing over from the one before it.
+        lines += ["#SBATCH hetjob", *_directives(header, settings | _component(size))]
+    command = shlex.join([str(file.resolve()), *overrides])
+    python = f"[[ -n ${{CONTAINER:-}} ]] || PYTHON=${{PYTHON:-{shlex.quote(sys.executable)}}}\n"
+    split = "" if shared or mixed else f"ROLLOUT_NODES={size.rollout_nodes}\n"
+    script = (_ROOT / "slurm" / "job.sh").read_text()
+    return "\n".join(["#!/usr/bin/env bash", *lines, "", f"set -- {command}", python + split + script + body])
+
+
+def submit(text: str) -> str:
+    """Give it to sbatch, from this directory; returns the job's number."""
+    if shutil.which("sbatch") is None:
+        raise UsageError("sbatch is not on this machine: use --dry-run and submit what it prints on a login node")
+    result = subprocess.run(["sbatch", "--parsable"], input=text, capture_output=True, text=True)
+    if result.returncode:
+        raise UsageError(f"sbatch refused: {result.stderr.strip()}")
+    return result.stdout.strip()
+
+
+def _component(size: Size) -> dict:
+    """Where rollout nodes differ from trainer nodes."""
+    return {"nodes": size.rollout_nodes, "gpus-per-node": size.rollout_gpus}
+
+
+def _directives(header: str, settings: dict) -> list[str]:
+    """The file's own, with `settings` over them."""
+    own = (line.removeprefix(_PREFIX) for line in header.splitlines() if line.startswith(_PREFIX))
+    merged = dict(option.partition("=")[::2] for option in own) | settings
+    return [f"{_PREFIX}{name}" + (f"={value}" if value != "" else "") for name, value in merged.items()]
+
+
+def _check(config: Config, size: Size) -> None:
+    parallel, rollout = config.parallel, config.rollout
+    if size.rollout_nodes == 0 and size.nodes > 1:
+        raise UsageError(
+            f"--nodes={size.nodes} trainer nodes need --rollout-nodes: only one alone runs its own servers"
+        )
+    block = parallel.tensor * parallel.pipeline
+    ranks = block * parallel.data if parallel.data else None
+    if ranks and ranks % size.nodes:
+        raise UsageError(f"parallel.tensor × pipeline × data = {ranks} ranks do not divide over --nodes={size.nodes}")
+    gpus = size.nodes * (size.gpus or 0)
+    if gpus and (ranks or block) > gpus:
+        raise UsageError(f"parallel.tensor × pipeline × data = {ranks or block} ranks, and the nodes have {gpus} GPUs")
+    if gpus and gpus % block and not ranks:
+        raise UsageError(f"parallel.tensor × pipeline = {block} does not divide the nodes' {gpus} GPUs")
+    per_node = size.rollout_gpus or size.gpus
+    if size.rollout_nodes and per_node and rollout.servers * rollout.tensor > per_node:
+        raise UsageError(
+            f"rollout.servers × rollout.tensor = {rollout.servers * rollout.tensor} GPUs a node, but they have "
+            f"{per_node}: rollout.servers counts those of one node"
+        )

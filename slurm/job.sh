@@ -1,0 +1,62 @@
+# Sourced by the sbatch files: how a job's steps are started, watched, ended and continued. Each step runs one launcher a
+# node, which starts that node's ranks or vLLM servers and writes their logs to run.dir/logs/JOB.RESTART.
+
+# What the user may set:
+PYTHON=${PYTHON:-$([[ -z ${CONTAINER:-} && -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
+container=()
+if [[ -n ${CONTAINER:-} ]]; then # an image, for pyxis and enroot
+    container=(--container-image="$CONTAINER" --container-workdir="$PWD"
+        --container-mounts="${CONTAINER_MOUNTS:-$PWD:$PWD}")
+fi
+
+export MEGATRON_DGPO_JOB=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+# The job's own, for its vLLM servers; steps inherit it, and no command line or file holds it.
+MEGATRON_DGPO_SECRET=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+export MEGATRON_DGPO_SECRET
+
+steps=()
+# step SRUN_OPTION... COMMAND CONFIG OVERRIDE...: `megatron-dgpo COMMAND CONFIG OVERRIDE...` in the background, with %a
+# replaced by the job's index in its array. When one node's launcher has ended the others get 15 seconds; not
+# --kill-on-bad-exit, under which the exit status that means "continue me" would kill whoever is just writing the last of
+# a checkpoint.
+step() {
+    local options=()
+    while [[ $1 == -* ]]; do options+=("$1") && shift; done
+    srun --export=ALL --ntasks-per-node=1 --wait=15 --kill-on-bad-exit=0 --disable-status "${container[@]}" \
+        "${options[@]}" "$PYTHON" -m megatron_dgpo.cli "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}" &
+    steps+=($!)
+}
+
+# The time limit is near: save. A limit shorter than its warning would be near at every start.
+warned() {
+    if ((SECONDS < 60)); then
+        echo "the time limit's warning came ${SECONDS} s after the start: raise --time, or lower --signal; not requeued"
+        cancelled=yes
+    fi
+    kill -USR1 "$trainer"
+}
+
+running() { kill -0 "$1" 2>/dev/null; }
+
+# Wait until any step ends, end the others, and leave with the status of the first, which must be the trainer's.
+watch() {
+    local trainer=${steps[0]} cancelled='' status pid
+    trap warned USR1
+    trap 'cancelled=yes' TERM # by scancel, or by SLURM, which requeues by itself if it means to
+    while for pid in "${steps[@]}"; do running "$pid" || break 2; done; do sleep 1; done
+    for pid in "${steps[@]}"; do running "$pid" && kill -INT "$pid"; done
+    # Launchers take 10 seconds at most; the job's end kills what is left.
+    for _ in {1..20}; do
+        for pid in "${steps[@]}"; do running "$pid" && sleep 1 && continue 2; done
+        break
+    done
+    kill -KILL "${steps[@]}" 2>/dev/null
+    wait "$trainer"
+    status=$?
+    # 75 (megatron_dgpo/stop.py): it was asked to stop, and has saved.
+    if [[ $status == 75 && -z $cancelled ]]; then
+        echo "job $SLURM_JOB_ID is requeued and continues the run"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    exit "$status"
+}

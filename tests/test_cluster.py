@@ -1,0 +1,50 @@
+"""A node's place in a job, from SLURM's variables and a folder that nodes share."""
+
+import re
+import threading
+
+import pytest
+
+from megatron_dgpo.cluster import INTERFACE, JOB, ROLLOUT_NODES, Node
+from megatron_dgpo.errors import UsageError
+
+VARIABLES = {JOB: "7.1", "SLURM_NODEID": "2", "SLURM_STEP_NUM_NODES": "4", "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}
+
+
+def test_outside_a_job(tmp_path):
+    node = Node.here(tmp_path, {"SLURM_NODEID": "2", "SLURM_JOB_ID": "7"})
+    assert node == Node(tmp_path / "logs") and node.address == "127.0.0.1"
+
+
+def test_in_a_job(tmp_path):
+    node = Node.here(tmp_path, VARIABLES | {ROLLOUT_NODES: "3"})
+    assert (node.index, node.count, node.rollout_nodes) == (2, 4, 3)
+    assert node.logs == tmp_path / "logs" / "7.1" and node.address == "127.0.0.1"
+
+
+def test_address_of_a_named_interface(tmp_path):
+    assert Node.here(tmp_path, VARIABLES | {INTERFACE: "lo"}).address == "127.0.0.1"
+    with pytest.raises(UsageError, match=f"{INTERFACE}=ib7"):
+        Node.here(tmp_path, VARIABLES | {INTERFACE: "ib7"})
+
+
+def test_what_one_node_publishes_others_read(tmp_path):
+    ours, theirs = (Node(tmp_path / "logs", index, 2) for index in (0, 1))
+    timer = threading.Timer(1, ours.publish, ("master", ["10.0.0.1", 1234]))
+    timer.start()
+    assert theirs.read("master", 30, "the first node") == ["10.0.0.1", 1234]
+    timer.join()
+
+
+def test_waiting_has_an_end(tmp_path):
+    expected = re.escape(f"waited 0.5 s (rollout.start_timeout_s) for the servers: {tmp_path / 'logs' / 's.json'}")
+    with pytest.raises(UsageError, match=expected):
+        Node(tmp_path / "logs").read("s", 0.5, "the servers")
+
+
+def test_only_one_failure_is_the_first(tmp_path):
+    nodes = [Node.here(tmp_path, VARIABLES | {"SLURM_NODEID": str(i)}) for i in range(3)]
+    nodes[0].logs.mkdir(parents=True)
+    assert [node.is_first_failure() for node in nodes] == [True, False, False]
+    # One machine alone reports every time.
+    assert [Node(tmp_path / "logs").is_first_failure() for _ in range(2)] == [True, True]
