@@ -27,22 +27,13 @@ step() {
     steps+=($!)
 }
 
-# The time limit is near: save. A limit shorter than its warning would be near at every start.
-warned() {
-    if ((SECONDS < 60)); then
-        echo "the time limit's warning came ${SECONDS} s after the start: raise --time, or lower --signal; not requeued"
-        cancelled=yes
-    fi
-    kill -USR1 "$trainer"
-}
-
 running() { kill -0 "$1" 2>/dev/null; }
 
 # Wait until any step ends, end the others, and leave with the status of the first, which must be the trainer's.
 watch() {
     local trainer=${steps[0]} cancelled='' status pid
-    trap warned USR1
-    trap 'cancelled=yes' TERM # by scancel, or by SLURM, which requeues by itself if it means to
+    trap 'kill -USR1 "$trainer"' USR1 # the time limit is near: save
+    trap 'cancelled=yes' TERM         # by scancel, or by SLURM, which requeues by itself if it means to
     while for pid in "${steps[@]}"; do running "$pid" || break 2; done; do sleep 1; done
     for pid in "${steps[@]}"; do running "$pid" && kill -INT "$pid"; done
     # Launchers take 10 seconds at most; the job's end kills what is left.
