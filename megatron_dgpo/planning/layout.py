@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dgpo.config import Parallel, Rollout
+from megatron_dgpo.config import Parallel
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.weights.architectures import Architecture, check_layout
 
 Recompute = Literal["none", "selective", "full"]
-# Whether this trainer's servers can free their GPUs while it trains.
-CAN_SLEEP = "sleep" in Rollout.model_fields
 
 
 @dataclass(frozen=True)
@@ -213,5 +211,5 @@ def rollout_sides(
 ) -> Iterator[tuple[RolloutSide, str | None]]:
     for tensor in divisors(gpus):
         if tensor <= gpus_per_node:
-            rollout = RolloutSide(tensor, gpus // tensor, shared, shared and CAN_SLEEP)
+            rollout = RolloutSide(tensor, gpus // tensor, shared, sleep=shared)
             yield rollout, rollout_refusal(architecture, rollout, gpus_per_node)

@@ -144,11 +144,10 @@ class Planner:
         if reason:
             return Plan(trainer, problem=reason)
         stages = self._stages(trainer)
-        sleep = shared and layout.CAN_SLEEP
-        problem = self.problem(trainer, memory.ASLEEP_BYTES if sleep else 0.0)
+        problem = self.problem(trainer, memory.ASLEEP_BYTES if shared else 0.0)
         if problem:
             return Plan(trainer, stages=stages, problem=problem)
-        rest = [memory.resident(items) if sleep else sum(items.values()) for items in stages]
+        rest = [memory.resident(items) if shared else sum(items.values()) for items in stages]
         fraction = OWN_FRACTION
         if shared:
             room = 1 - max(rest) / self.cluster.gpu.memory_bytes - SHARED_MARGIN
@@ -286,7 +285,7 @@ def sides_of(config: Config, gpus: int, gpus_per_node: int) -> tuple[TrainerSide
             f"{gpus - trainer.gpus}, or all of them if shared, are not {machines} machines of {a_machine} GPUs "
             "(rollout.tensor × servers): change these or --gpus"
         )
-    sleep = shared and getattr(rollout, "sleep", False)
+    sleep = shared and rollout.sleep
     return trainer, RolloutSide(rollout.tensor, machines * rollout.servers, shared, sleep)
 
 

@@ -1,8 +1,9 @@
 """The search: what it lists is consistent, and what it chooses is the best of it."""
 
+from dataclasses import replace
+
 import pytest
 
-from megatron_dgpo.planning import layout
 from megatron_dgpo.planning.hardware import GPUS
 from megatron_dgpo.planning.layout import RolloutSide, TrainerSide, Workload
 from megatron_dgpo.planning.plan import EQUAL, Planner, choose
@@ -37,18 +38,16 @@ def test_the_chosen_is_as_fast_as_any(plans):
     assert choose([plan for plan in plans if plan.problem], H100) is None
 
 
-def test_sleeping_servers_leave_room_for_both(monkeypatch, plans):
-    """Neither phase needs more than the GPU, and the server's cache is larger than beside a trainer that stays."""
-    monkeypatch.setattr(layout, "CAN_SLEEP", True)
-    asleep = {str(p.trainer): p for p in Planner(Sizes(SEVEN), WORK, H100).search(8, ("shared",)) if not p.problem}
-    awake = {str(p.trainer): p for p in plans if p.rollout and p.rollout.shared and not p.problem}
-    both = set(asleep) & set(awake)
-    assert len(both) > 20
-    for name in both:
-        assert asleep[name].rollout.sleep
-        assert asleep[name].server.fraction >= awake[name].server.fraction
-        for stage in range(asleep[name].trainer.pipeline):
-            assert max(asleep[name].peaks(stage).values()) <= H100.gpu.memory_bytes
+def test_sleeping_servers_have_more_cache_than_waking_ones(plans):
+    """Both on the trainer's GPUs: what the trainer needs only while it trains is theirs while they sample."""
+    shared = [plan for plan in plans if plan.problem is None and plan.rollout.shared]
+    assert shared and all(plan.rollout.sleep for plan in shared)
+    planner = Planner(Sizes(SEVEN), WORK, H100)
+    for plan in shared[:20]:
+        awake = replace(plan.rollout, sleep=False)
+        other = planner.evaluate(plan.trainer, awake, plan.server.fraction, plan.server.concurrent)
+        peaks = [max(found.peaks(0).values()) for found in (plan, other) if found.stages]
+        assert peaks[0] <= H100.gpu.memory_bytes and peaks[-1] >= peaks[0]
 
 
 def test_time_follows_its_causes():
