@@ -2,7 +2,7 @@
 
     python tools/plan_parallelism.py Qwen2.5-32B --gpus 32 --gpu h100 --prompts 128 --group 16 \\
         --response-tokens 3000 --max-response-tokens 8192 --write plan
-    megatron-dgpo train config.yaml $(cat plan/overrides.txt)
+    megatron-dgpo train config.yaml $(cat plan/overrides.txt)                        # or: sbatch plan/job.sbatch
     python tools/plan_parallelism.py Qwen2.5-32B --gpus 32 --config config.yaml      # this config's own layout
     python tools/plan_parallelism.py --validate                                      # against published figures
 
@@ -65,7 +65,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--placement", choices=("any", "shared", "separate"), default="any")
     parser.add_argument("--rows", type=_positive, default=8, help="layouts listed; default: 8")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every layout")
-    parser.add_argument("--write", type=Path, metavar="DIR", help="write the plan as settings and overrides")
+    parser.add_argument("--write", type=Path, metavar="DIR", help="write settings, overrides and an sbatch file")
     parser.add_argument("--validate", action="store_true", help="compare with published step times")
     options = parser.parse_args(arguments)
     if not options.validate and (options.model is None or options.gpus is None):
@@ -110,7 +110,8 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
         print(f"plan_parallelism: no layout runs{advice}", file=sys.stderr)
         return 1
     if options.write:
-        for path in report.write_settings(options.write, chosen, work, cluster):
+        config = options.config or Path("config.yaml")
+        for path in report.write_settings(options.write, chosen, work, cluster, config):
             console.print(f"wrote {path}")
     return 0
 

@@ -130,10 +130,13 @@ class Planner:
         return Server(items | {"vLLM KV cache": cache}, fraction, max(1, min(wanted, fitting)))
 
     def _splits(self, gpus: int, placements: tuple[str, ...]) -> list[tuple[bool, int]]:
-        """(shared, GPUs of the trainer): all of them, or whole machines on either side where there are several."""
-        found = [(True, gpus)] if "shared" in placements else []
+        """(shared, GPUs of the trainer): all of one machine's, or whole machines on either side where there are more.
+
+        Only a launcher that is alone runs servers beside ranks, so that GPUs of several machines are not shared.
+        """
+        per_node = self.cluster.gpus_per_node
+        found = [(True, gpus)] if "shared" in placements and gpus <= per_node else []
         if "separate" in placements:
-            per_node = self.cluster.gpus_per_node
             unit = per_node if gpus > per_node and gpus % per_node == 0 else 1
             # Above eight units only every eighth of the cluster: finer steps change a plan by less than its error.
             step = max(1, gpus // unit // 8)

@@ -11,6 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dgpo import sbatch
+from megatron_dgpo.config import Config
 from megatron_dgpo.planning.layout import Workload
 from megatron_dgpo.planning.memory import GIB
 from megatron_dgpo.planning.plan import Plan, settings_of
@@ -113,15 +115,31 @@ def as_json(plans: list[Plan], chosen: Plan | None, sizes: Sizes, work: Workload
     }
 
 
-def write_settings(folder: Path, plan: Plan, work: Workload, cluster: Cluster) -> list[Path]:
-    """settings.yaml, sections for a config; overrides.txt, the same for the command line. Returns what was written."""
+def write_settings(folder: Path, plan: Plan, work: Workload, cluster: Cluster, config: Path) -> list[Path]:
+    """settings.yaml, sections for a config; overrides.txt, the same for the command line; job.sbatch, which trains from
+    `config` with them on as many machines. Returns what was written."""
     settings = settings_of(plan, work, cluster.gpus_per_node)
+    overrides = [f"{s}.{name}={_word(value)}" for s, values in settings.items() for name, value in values.items()]
+    files = {
+        "settings.yaml": f"# {plan.trainer}; vLLM {plan.rollout}\n" + yaml.safe_dump(settings, sort_keys=False),
+        "overrides.txt": "\n".join(overrides) + "\n",
+        "job.sbatch": _job(plan, settings, overrides, cluster, config),
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    sections, words = folder / "settings.yaml", folder / "overrides.txt"
-    sections.write_text(f"# {plan.trainer}; vLLM {plan.rollout}\n" + yaml.safe_dump(settings, sort_keys=False))
-    lines = [f"{s}.{name}={_word(value)}" for s, values in settings.items() for name, value in values.items()]
-    words.write_text("\n".join(lines) + "\n")
-    return [sections, words]
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return [folder / name for name in files]
+
+
+def _job(plan: Plan, settings: dict, overrides: list[str], cluster: Cluster, file: Path) -> str:
+    trainer, rollout = (max(1, side.gpus // cluster.gpus_per_node) for side in (plan.trainer, plan.rollout))
+    one_machine = plan.gpus <= cluster.gpus_per_node
+    size = sbatch.Size(
+        trainer, 0 if one_machine or plan.rollout.shared else rollout, min(plan.gpus, cluster.gpus_per_node)
+    )
+    # Paths are the config's own; the sizes alone are looked at.
+    paths = {"model": settings["model"] | {"path": "model"}, "data": {"train": "data"}}
+    return sbatch.write(Config.model_validate(settings | paths), file, overrides, size, None, [])
 
 
 def _word(value) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dgpo import cli
 from megatron_dgpo.config import load_config
 from megatron_dgpo.planning.hardware import GPUS
 from megatron_dgpo.planning.layout import refusal, rollout_refusal
@@ -29,7 +30,7 @@ def command(recipe: str) -> list[str]:
     return shlex.split(line)
 
 
-@pytest.mark.parametrize("recipe, billions", zip(RECIPES, PARAMETERS, strict=True), ids=RECIPES)
+@pytest.mark.parametrize("recipe, billions", list(zip(RECIPES, PARAMETERS, strict=True)), ids=RECIPES)
 def test_recipe_fits_its_model_and_gpus(recipe, billions):
     folder = ROOT / "examples" / recipe
     config = load_config(folder / "config.yaml")
@@ -56,6 +57,19 @@ def test_readme_shows_what_the_tool_prints(recipe, capsys, monkeypatch):
     assert plan_parallelism.main(command(recipe)) == 0
     printed = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
     assert printed in (ROOT / "examples" / recipe / "README.md").read_text()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_its_job_is_written(recipe, capsys, monkeypatch):
+    """For as many machines as its plan has."""
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "examples" / recipe / "README.md").read_text().replace("\\\n", " ")
+    [line] = re.findall(r"^ +megatron-dgpo launch (.*)$", text, re.MULTILINE)
+    assert cli.main(["launch", *shlex.split(line, comments=True), "--dry-run"]) == 0
+    job = capsys.readouterr().out
+    nodes = int(re.search(r"^#SBATCH --nodes=(\d+)$", job, re.MULTILINE)[1])
+    assert nodes * 8 == plan_parallelism._parse(command(recipe)).gpus
+    assert f"examples/{recipe}/config.yaml" in job
 
 
 def test_model_configs_are_hugging_faces(tmp_path):

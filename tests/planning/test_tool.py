@@ -33,6 +33,9 @@ def test_plan_is_written_as_settings_and_json(tmp_path, capsys):
     bare = {"model": {"path": "model"}, "data": {"train": "train.jsonl"}}
     (tmp_path / "bare.yaml").write_text(yaml.safe_dump(bare))
     assert load_config(tmp_path / "bare.yaml", (tmp_path / "plan" / "overrides.txt").read_text().split()) == config
+    job = (tmp_path / "plan" / "job.sbatch").read_text()
+    assert "#SBATCH --nodes=1\n" in job and "#SBATCH --gpus-per-node=8\n" in job
+    assert f"parallel.tensor={config.parallel.tensor}" in job and str(Path("config.yaml").resolve()) in job
     everything = json.loads((tmp_path / "plan.json").read_text())
     chosen = everything["chosen"]
     assert chosen["settings"]["parallel"] == config.parallel.model_dump()
