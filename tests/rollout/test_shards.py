@@ -132,13 +132,16 @@ LAYOUTS = [
     (4, {"tensor": 2, "pipeline": 2}),
     (2, {"pipeline": 2, "chunks_per_stage": 2}),
     (2, {"data": 2}),
+    (8, {"tensor": 4, "pipeline": 2}),
 ]
+MIXTURE = {"tensor": 4, "sequence": True, "expert": 2}
+LAYOUTS_OF_MIXTURES = [*MIXTURE_LAYOUTS.values(), (4, MIXTURE), (8, MIXTURE | {"pipeline": 2})]
 
 
 def test_every_layout_updates_the_server(live):
     """All parameters read back from the workers, before vLLM packs them, and the log-probs after it."""
     engines, folder, family, tensor, _ = live
-    layouts = MIXTURE_LAYOUTS.values() if family in MIXTURES else LAYOUTS
+    layouts = LAYOUTS_OF_MIXTURES if family in MIXTURES else LAYOUTS
     for version, (world, parallel) in enumerate(layouts, start=1):
         model = make_tiny_model(folder / f"model-{version}", family, seed=version, **SIZES)
         [(differing, compared), *_] = run_ranks(

@@ -115,9 +115,9 @@ class Slurm:
         return result.stdout.strip()
 
     def submit(self, *arguments: str, cwd: Path | None = None) -> str:
-        """`sbatch ARGUMENTS`; returns the job's number."""
+        """`sbatch ARGUMENTS`, with --wait for the job's end; returns the job's number."""
         command = ["sbatch", "--parsable", *arguments]
-        result = subprocess.run(command, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(command, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
         return result.stdout.strip()
 

@@ -49,9 +49,9 @@ class Job:
             *overrides,
         ]
 
-    def submit(self, *options: str) -> None:
-        """sbatch OPTIONS slurm/separate.sbatch CONFIG ..."""
-        arguments = [f"--output={self.log}", *options, "slurm/separate.sbatch", CONFIG, f"run.dir={self.run_dir}"]
+    def submit(self, *options: str, file: str = "slurm/separate.sbatch") -> None:
+        """sbatch OPTIONS FILE CONFIG ..."""
+        arguments = [f"--output={self.log}", *options, file, CONFIG, f"run.dir={self.run_dir}"]
         self.number = self.slurm.submit(*arguments, *self.overrides, cwd=ROOT)
 
     def launch(self, *options: str) -> None:
@@ -206,6 +206,15 @@ def test_a_killed_rank(slurm, arithmetic, tmp_path):
     job.wait_for_end("FAILED", END_S)
     assert "rank 1 ended (SIGKILL)" in job.text()
     assert "Traceback" not in job.text()
+
+
+def test_one_node_trains_and_is_evaluated(slurm, arithmetic, tmp_path):
+    job = Job(slurm, arithmetic, tmp_path, "run.steps=2")
+    job.submit("--wait", file="slurm/shared.sbatch")
+    assert job.state() == "COMPLETED" and len(job.rows) == 3, job.text()
+    assert re.search(r"^\w+ 2/2: reward", job.text(), re.MULTILINE)
+    job.submit("--wait", file="slurm/eval.sbatch")
+    assert job.state() == "COMPLETED" and "eval: problems=4 avg@1=" in job.text(), job.text()
 
 
 def test_conversion(slurm, arithmetic, tmp_path):
