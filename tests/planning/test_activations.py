@@ -62,6 +62,8 @@ def _saved_bytes(model_dir, parallel, model, rows, length):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
+        # Without its history: a graph that holds its own outputs is never freed, nor what it communicates through.
+        tensor = tensor.detach()
         # An address must not be used again while it is being counted.
         alive.append(tensor)
         return tensor
