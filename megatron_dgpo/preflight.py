@@ -94,6 +94,8 @@ def _check_rollouts(config: Config, architecture: Architecture) -> None:
             f"rollout.expert_parallel=true, but rollout.tensor={rollout.tensor} does not divide the "
             f"{architecture.num_experts} experts of {config.model.path}; set it to false"
         )
+    if rollout.expert_parallel and not torch.cuda.is_available():
+        raise UsageError("rollout.expert_parallel=true: vLLM's experts on a CPU cannot do that; set it to false")
     if architecture.num_experts and not rollout.expert_parallel:
         if architecture.expert_ffn_hidden_size % rollout.tensor:
             raise UsageError(

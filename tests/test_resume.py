@@ -28,6 +28,7 @@ def recorded(tmp_path_factory):
     """A tiny model, problems, and rollouts of a pretended earlier run: replay needs no server."""
     folder = tmp_path_factory.mktemp("recorded")
     make_tiny_model(folder / "model", "qwen2", num_hidden_layers=4)
+    make_tiny_model(folder / "mixture", "qwen3_moe", num_hidden_layers=2)
     problems = [{"question": f"{i}+{i}", "answer": str(2 * i)} for i in range(8)]
     (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
     generator = torch.Generator().manual_seed(0)
@@ -102,15 +103,23 @@ def assert_identical(left: dict, right: dict) -> None:
         assert torch.equal(left[name], right[name]), name
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2-pp2", "dp2-distributed-optimizer"])
+RESUMED = {
+    "tp1": ("model", {}),
+    "tp2-pp2": ("model", LAYOUTS["tp2-pp2"][1]),
+    "dp2-distributed-optimizer": ("model", {"data": 2, "distributed_optimizer": True}),
+    "ep2-distributed-optimizer": ("mixture", {"data": 2, "expert": 2, "distributed_optimizer": True}),
+}
+
+
+@pytest.mark.parametrize("layout", RESUMED)
 def test_resumed_run_is_bit_identical(recorded, tmp_path, layout):
-    parallel = {"data": 2, "distributed_optimizer": True} if layout.startswith("dp2") else LAYOUTS[layout][1]
-    whole = write_config(recorded, tmp_path / "whole", parallel)
+    model, parallel = RESUMED[layout]
+    whole = write_config(recorded, tmp_path / "whole", parallel, model={"path": str(recorded / model)})
     run(whole)
     assert [path.name for path in candidates(tmp_path / "whole" / "checkpoints")] == ["step_00000004", "step_00000003"]
 
     # Stopped after step 3; then the newest checkpoint turns out damaged, and one was never finished.
-    parts = write_config(recorded, tmp_path / "parts", parallel)
+    parts = write_config(recorded, tmp_path / "parts", parallel, model={"path": str(recorded / model)})
     shutil.copytree(tmp_path / "whole" / "checkpoints", tmp_path / "parts" / "checkpoints")
     newest = tmp_path / "parts" / "checkpoints" / "step_00000004"
     shard = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)

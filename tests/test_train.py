@@ -77,6 +77,8 @@ def write_config(folder, family, parallel, **rollout):
         ("mistral", {}, "memfd"),
         ("qwen2", {"pipeline": 2}, "shards"),
         ("qwen3", {"data": 2}, "shards"),
+        ("mixtral", {"data": 2, "expert": 2}, "memfd"),
+        ("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 2}, "shards"),
     ],
 )
 def test_three_steps(folder, monkeypatch, family, parallel, transport):

@@ -22,7 +22,11 @@ _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 def is_linear(name: str, dim: int) -> bool:
     """Whether a Hugging Face tensor is the weight of a linear layer that is quantised."""
-    return dim == 2 and name.startswith("model.layers.") and not name.endswith(".mlp.gate.weight")
+    return dim == 2 and name.startswith("model.layers.") and not _is_router(name)
+
+
+def _is_router(name: str) -> bool:
+    return name.endswith(".gate.weight")
 
 
 def quantize(name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -44,7 +48,7 @@ def write_config(folder: Path, names: list[str]) -> None:
     import modelopt
     from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 
-    routers = [name.removesuffix(".weight") for name in names if name.endswith(".mlp.gate.weight")]
+    routers = [name.removesuffix(".weight") for name in names if _is_router(name)]
     quantization = {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "kv_cache_quant_algo": None}
     quantization["exclude_modules"] = ["lm_head", *routers]
     settings = {"producer": {"name": "modelopt", "version": modelopt.__version__}, "quantization": quantization}

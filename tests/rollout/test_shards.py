@@ -1,5 +1,6 @@
 """Shard-exact updates of a real vLLM server from real Megatron ranks, in many layouts, and what breaks one off."""
 
+import contextlib
 import os
 import signal
 import time
@@ -30,8 +31,7 @@ def make_test_config(folder, workers, parallel):
             "context_tokens": 64,
             "start_timeout_s": 240,
             "tensor": workers,
-            # Experts are then whole on one worker each; a dense model has none.
-            "expert_parallel": workers > 1,
+            "expert_parallel": folder.name.startswith("experts"),
             "transport": "shards",
             # Many buckets, so that their order matters.
             "bucket_bytes": 2**14,
@@ -41,22 +41,29 @@ def make_test_config(folder, workers, parallel):
     )
 
 
-@pytest.fixture(
-    scope="module",
-    params=[("qwen2", 1), ("qwen3", 2), ("mixtral", 1), ("qwen3_moe", 2)],
-    ids=lambda param: "{}-{}-workers".format(*param),
-)
+SERVERS = {
+    "{}-{}-workers".format(*server): server for server in (("qwen2", 1), ("qwen3", 2), ("mixtral", 1), ("qwen3_moe", 2))
+}
+one_server = pytest.mark.parametrize("live", [("qwen3", 2)], ids=["qwen3-2-workers"], indirect=True)
+
+
+@pytest.fixture(scope="module", params=SERVERS.values(), ids=SERVERS)
 def live(request, tmp_path_factory):
     """Engines of a server that started with other weights than those in `model`, and the folder."""
     family, tensor = request.param
-    folder = tmp_path_factory.mktemp(family)
+    with running_server(tmp_path_factory.mktemp(family), family, tensor) as (engines, folder, children):
+        yield engines, folder, family, tensor, children
+
+
+@contextlib.contextmanager
+def running_server(folder, family, tensor):
     make_tiny_model(folder / "model", family, **SIZES)
     config = make_test_config(folder, tensor, {})
     children, addresses = server.start(config, SECRET, folder)
     try:
         engines = Engines(addresses, SECRET, 60, [2])
         engines.wait_until_healthy(240)
-        yield engines, folder, family, tensor, children
+        yield engines, folder, children
     finally:
         process.stop(children)
 
@@ -144,6 +151,17 @@ def test_every_layout_updates_the_server(live):
         assert served_gap(engines, model) < 1e-4, parallel
 
 
+def test_workers_with_whole_experts_are_updated(tmp_path_factory):
+    """Read back only: the experts of vLLM 0.32 on a CPU end the server when some of them are elsewhere."""
+    with running_server(tmp_path_factory.mktemp("experts"), "qwen3_moe", 2) as (engines, folder, _):
+        for version, layout in enumerate(("tp1", "tp2-dp2-ep4"), start=1):
+            world, parallel = MIXTURE_LAYOUTS[layout]
+            model = make_tiny_model(folder / f"model-{version}", "qwen3_moe", seed=version, **SIZES)
+            [(differing, compared), *_] = run_ranks(push, world, folder, model, 2, parallel, engines.addresses, version)
+            assert differing == [] and compared >= 2 * 4 * 9
+
+
+@one_server
 def test_a_trainer_that_dies_leaves_the_server_stale_and_the_next_update_heals_it(live):
     engines, folder, family, tensor, children = live
     before = engines.weight_version(engines.addresses[0])
@@ -159,6 +177,7 @@ def test_a_trainer_that_dies_leaves_the_server_stale_and_the_next_update_heals_i
     assert "the other side is gone or stuck" in children[0].log.read_text()
 
 
+@one_server
 def test_a_server_that_dies_in_an_update_is_an_error_on_every_rank(live):
     engines, folder, family, tensor, children = live
     start = time.monotonic()

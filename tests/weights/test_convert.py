@@ -1,5 +1,6 @@
 """tools/convert_checkpoint.py: the same bytes whichever way round, nothing half-written, every fault named."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ from megatron_dgpo.weights import convert as convert_module
 from megatron_dgpo.weights.convert import Conversion, Job, convert
 from tests.layouts import make_config
 from tests.ranks import run_ranks
-from tests.tiny_models import FAMILIES, make_tiny_model
+from tests.tiny_models import FAMILIES, MIXTURES, make_tiny_model
 from tools.bench_convert import PeakMemory, generate
 from tools.convert_checkpoint import main
 
@@ -58,7 +59,7 @@ def copy_of(folder: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | MIXTURES)
 def test_round_trip(tmp_path, family, dtype):
     source = make_tiny_model(tmp_path / "source", family, dtype=getattr(torch, dtype))
     megatron, sharded, back = tmp_path / "megatron", tmp_path / "sharded", tmp_path / "back"
@@ -123,8 +124,13 @@ def load_both_ways(model_dir, megatron_dir, parallel):
     return differences, len(expected)
 
 
-@pytest.mark.parametrize("parallel", [{"tensor": 2, "pipeline": 2}, {"pipeline": 2, "chunks_per_stage": 2}])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family, parallel",
+    [
+        *itertools.product(("qwen2", "qwen3"), ({"tensor": 2, "pipeline": 2}, {"pipeline": 2, "chunks_per_stage": 2})),
+        *((family, {"tensor": 2, "sequence": True, "pipeline": 2, "expert": 2}) for family in MIXTURES),
+    ],
+)
 def test_trainer_and_megatron_load_it_in_any_layout(tmp_path, family, parallel):
     source = make_tiny_model(tmp_path / "source", family)
     convert(Job(source, tmp_path / "megatron", "megatron", file_bytes=FILE_BYTES))
@@ -161,7 +167,10 @@ def save_checkpoint(model_dir, folder, parallel, stacked=True):
     return folder
 
 
-@pytest.mark.parametrize("family, parallel", [("qwen2", {"tensor": 2, "pipeline": 2}), ("llama", {})])
+@pytest.mark.parametrize(
+    "family, parallel",
+    [("qwen2", {"tensor": 2, "pipeline": 2}), ("llama", {}), ("mixtral", {"expert": 2, "pipeline": 2})],
+)
 def test_policy_of_a_training_checkpoint(tmp_path, capsys, family, parallel):
     source = make_tiny_model(tmp_path / "source", family, dtype=torch.bfloat16)
     (checkpoint, *_) = run_ranks(save_checkpoint, 4 if parallel else 1, source, tmp_path / "run", parallel)
