@@ -165,7 +165,11 @@ def divisors(number: int) -> list[int]:
 
 
 def trainer_sides(
-    architecture: Architecture, work: Workload, gpus: int, gpus_per_node: int
+    architecture: Architecture,
+    work: Workload,
+    gpus: int,
+    gpus_per_node: int,
+    micro_batches: tuple[int, ...] = (1, 2, 4),
 ) -> Iterator[tuple[TrainerSide, str | None]]:
     """Every layout of the trainer over `gpus` GPUs that differs in a way that matters, and why it is refused.
 
@@ -181,7 +185,22 @@ def trainer_sides(
             data = gpus // tensor // pipeline
             for chunks in _chunk_counts(architecture.num_layers, pipeline):
                 for expert in [n for n in divisors(tensor * data) if experts % n == 0] if experts else [1]:
-                    yield from _variants(architecture, work, gpus_per_node, tensor, pipeline, data, chunks, expert)
+                    yield from _variants(
+                        architecture, work, gpus_per_node, micro_batches, tensor, pipeline, data, chunks, expert
+                    )
+
+
+def undominated_sides(
+    architecture: Architecture, work: Workload, gpus: int, gpus_per_node: int
+) -> Iterator[TrainerSide]:
+    """The legal layouts of trainer_sides() that no other beats by the formulas of memory and time.
+
+    Larger micro-batches need more memory and fill a pipeline less well; a whole optimizer on every replica needs more
+    memory and moves at least as many bytes.
+    """
+    for trainer, reason in trainer_sides(architecture, work, gpus, gpus_per_node, (1,)):
+        if reason is None and trainer.distributed_optimizer == (trainer.data > 1):
+            yield trainer
 
 
 def _chunk_counts(layers: int, pipeline: int) -> list[int]:
@@ -191,11 +210,11 @@ def _chunk_counts(layers: int, pipeline: int) -> list[int]:
     return [n for n in divisors(layers // pipeline) if n <= 8]
 
 
-def _variants(architecture, work, gpus_per_node, tensor, pipeline, data, chunks, expert):
+def _variants(architecture, work, gpus_per_node, micro_batches, tensor, pipeline, data, chunks, expert):
     make = functools.partial(TrainerSide, tensor, pipeline, data, chunks, expert)
     for sequence in (False, True) if tensor > 1 else (False,):
         for sharded in (False, True) if data > 1 else (False,):
-            for micro_batch in (1, 2, 4):
+            for micro_batch in micro_batches:
                 trainer = make(sequence, sharded, micro_batch=micro_batch)
                 reason = refusal(architecture, trainer, work, gpus_per_node)
                 if reason:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_dgpo.config import Config
@@ -110,6 +111,51 @@ class Planner:
             ):
                 plans.append(self._plan(trainer, reason, gpus, count, shared))
         return plans
+
+    def best(self, gpus: int, placements: tuple[str, ...] = ("separate", "shared")) -> Plan:
+        """What choose() takes of search(), seconds instead of minutes on large clusters; or a plan with the problem of
+        the layout that comes closest.
+
+        Layouts are worked out in the order of a lower bound of their time, until none can be as good as equal: servers
+        have all that a shared GPU can give them, and memory is looked at last.
+        """
+        bounds = sorted(self._lower_bounds(gpus, placements), key=lambda bound: bound[0])
+        running, fastest, closest = [], float("inf"), (float("inf"), None)
+        for bound, trainer, count, shared in bounds:
+            if bound > EQUAL * fastest:
+                break
+            needed = self._ends(trainer)
+            if needed > self.cluster.gpu.memory_bytes:
+                closest = min(closest, (needed, (trainer, count, shared)), key=lambda pair: pair[0])
+                continue
+            plan = self._plan(trainer, None, gpus, count, shared)
+            if plan.problem is None:
+                running.append(plan)
+                fastest = min(fastest, plan.step_s)
+            elif closest[0] > 0:
+                # The trainer fits, its servers do not.
+                closest = 0.0, (trainer, count, shared)
+        if running:
+            return choose(running, self.cluster)
+        if closest[1] is None:
+            return Plan(TrainerSide(1, 1, gpus), problem="no layout divides the model and the batch over these GPUs")
+        trainer, count, shared = closest[1]
+        return self._plan(trainer, None, gpus, count, shared)
+
+    def _lower_bounds(self, gpus: int, placements: tuple[str, ...]) -> Iterator[tuple[float, TrainerSide, int, bool]]:
+        """(seconds that no plan of it goes below, trainer, its GPUs, whether they are shared)."""
+        architecture, per_node = self.sizes.architecture, self.cluster.gpus_per_node
+        for shared, count in self._splits(gpus, placements):
+            fraction = 1 - SHARED_MARGIN if shared else OWN_FRACTION
+            rollout, server, problem = self._best_rollout(count if shared else gpus - count, shared, fraction)
+            sampling = 0.0 if problem else sum(s.total for s in self._rollout_seconds(rollout, server))
+            for trainer in layout.undominated_sides(architecture, self.work, count, per_node):
+                yield sampling + self._trainer_seconds(trainer), trainer, count, shared
+
+    def _trainer_seconds(self, trainer: TrainerSide) -> float:
+        setting = self.sizes, self.work, trainer, self.cluster
+        phases = step_time.reference_time(*setting), step_time.old_logprobs_time(*setting)
+        return sum(phase.total for phase in (*phases, step_time.update_time(*setting)))
 
     def server(self, rollout: RolloutSide, fraction: float, sequences: int | None = None) -> Server:
         """A worker's memory with `fraction` of its GPU: what weights and workspace leave is the cache."""
@@ -224,6 +270,12 @@ class Planner:
             return text
         verb, enough = "bring" if len(names) > 1 else "brings", "" if needed <= available else ", still too much"
         return f"{text}; {' and '.join(names)} {verb} it to {needed / GIB:.1f} GiB{enough}"
+
+    def _ends(self, trainer: TrainerSide) -> float:
+        """Bytes of the fuller of the first stage, with the embedding and most activations, and the last, with the head
+        and the loss: seldom less than the fullest of all, and quick for a long pipeline."""
+        ends = {0, trainer.pipeline - 1}
+        return max(sum(memory.trainer_memory(self.sizes, self.work, trainer, stage).values()) for stage in ends)
 
     def _fullest(self, trainer: TrainerSide) -> tuple[float, int]:
         totals = [sum(items.values()) for items in self._stages(trainer)]

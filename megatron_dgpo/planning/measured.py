@@ -1,0 +1,253 @@
+"""Real training steps on the machine at hand beside what the formulas say of it.
+
+One to four ranks over gloo, one thread each, take the trainer's own policy update (`Policy.step` with DGPO's loss,
+reference states given) of small models in several layouts. The formulas get the machine as measured in the same run, with
+as many ranks busy at once as the layout has: matrix products, copies and all-reduces of one rank's. Ranks beyond the
+cores share them, and the rates fall accordingly. Absolute times are not what is compared: Python's and PyTorch's
+overhead is a large part of them on such small models. Both are scaled to 1 at one rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+from megatron_dgpo.config import Config
+from megatron_dgpo.planning import calibration, step_time
+from megatron_dgpo.planning.hardware import Gpu
+from megatron_dgpo.planning.layout import TrainerSide, Workload
+from megatron_dgpo.planning.sizes import Sizes
+from megatron_dgpo.planning.step_time import Cluster
+from megatron_dgpo.weights.architectures import read_architecture
+
+# Heads, groups and layers that four ranks divide.
+_HEADS = dict(num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True)
+MODELS = {
+    "7M": dict(vocab_size=4096, hidden_size=256, intermediate_size=768, **_HEADS),
+    "26M": dict(vocab_size=8192, hidden_size=512, intermediate_size=1408, **_HEADS),
+}
+PROMPT_TOKENS, RESPONSE_TOKENS, RESPONSES = 32, 96, 8
+# Measured rates are what operations reach: nothing is taken off them.
+_REACHED = dict.fromkeys(calibration.SHARES, 1.0)
+_RATE_S = 0.5
+
+
+@dataclass(frozen=True)
+class Point:
+    """One layout of a curve."""
+
+    curve: str
+    ranks: int
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    responses: int = RESPONSES
+
+    @property
+    def trainer(self) -> TrainerSide:
+        return TrainerSide(self.tensor, self.pipeline, self.data)
+
+    @property
+    def work(self) -> Workload:
+        lengths = PROMPT_TOKENS, RESPONSE_TOKENS
+        return Workload(self.responses, 1, *lengths, *lengths, dtype="float32")
+
+
+_ONE = Point("one rank", 1)
+POINTS = [
+    _ONE,
+    *(Point("TP", ranks, tensor=ranks) for ranks in (2, 4)),
+    *(Point("PP", ranks, pipeline=ranks) for ranks in (2, 4)),
+    *(Point("DP", ranks, data=ranks) for ranks in (2, 4)),
+    *(Point("DP, weak", ranks, data=ranks, responses=RESPONSES * ranks) for ranks in (2, 4)),
+    Point("TP × PP", 4, tensor=2, pipeline=2),
+    Point("TP × DP", 4, tensor=2, data=2),
+]
+
+
+def measure(rounds: int, report: Callable[[str], None] = print) -> dict:
+    """Times and rates of this machine, as JSON has them. Starts and ends its own processes."""
+    import torch.multiprocessing
+
+    found = {"cores": len(os.sched_getaffinity(0)), "rounds": rounds, "load_before": os.getloadavg()[0]}
+    found |= {"machines": {}, "steps": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for model, shape in MODELS.items():
+            _save_model(folder / model, shape)
+        for ranks in sorted({point.ranks for point in POINTS}):
+            report(f"{ranks} rank{'s' if ranks > 1 else ''} …")
+            torch.multiprocessing.spawn(_run_rank, (ranks, folder, rounds), ranks)
+            result = json.loads((folder / f"{ranks}.json").read_text())
+            found["machines"][str(ranks)] = result["rates"]
+            found["steps"] += result["steps"]
+        _predict(found, folder)
+    found["load_after"] = os.getloadavg()[0]
+    return found
+
+
+def curves(measured: dict, model: str) -> dict[str, list[dict]]:
+    """Points of every curve from one rank on, with `measured` and `predicted` times of a step over one rank's."""
+    steps = [step for step in measured["steps"] if step["model"] == model]
+    one = next(step for step in steps if step["ranks"] == 1)
+    found: dict[str, list[dict]] = {}
+    for step in steps:
+        if step is not one:
+            relative = {kind: step[f"{kind}_s"] / one[f"{kind}_s"] for kind in ("measured", "predicted")}
+            start = {"ranks": 1, "measured": 1.0, "predicted": 1.0}
+            found.setdefault(step["curve"], [start]).append({"ranks": step["ranks"], **relative})
+    return found
+
+
+def deviations(measured: dict) -> list[tuple[float, str, str, int]]:
+    """(measured over predicted, both scaled to 1 at one rank, less 1; model; curve; ranks), the largest first."""
+    found = [
+        (point["measured"] / point["predicted"] - 1, model, curve, point["ranks"])
+        for model in MODELS
+        for curve, points in curves(measured, model).items()
+        for point in points[1:]
+    ]
+    return sorted(found, key=lambda item: -abs(item[0]))
+
+
+def machine(rates: dict[str, float]) -> Cluster:
+    """One rank's part of the machine. Messages go through the same memory wherever the ranks are."""
+    gpu = Gpu("this machine", 1e12, rates["flops"], rates["copy"], rates["network"], rates["network"])
+    return Cluster(gpu, 8)
+
+
+def _predict(found: dict, folder: Path) -> None:
+    for step in found["steps"]:
+        point = Point(**{name: step[name] for name in Point.__dataclass_fields__})
+        cluster = machine(found["machines"][str(point.ranks)])
+        sizes = Sizes(read_architecture(folder / step["model"]))
+        with calibration.calibrated(calibration.built_in() | _REACHED):
+            step["predicted_s"] = step_time.update_time(sizes, point.work, point.trainer, cluster).total
+
+
+def _save_model(folder: Path, shape: dict) -> None:
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(**shape)).save_pretrained(folder)
+
+
+def _run_rank(rank: int, ranks: int, folder: Path, rounds: int) -> None:
+    """All points of `ranks` ranks in one process of each; rank 0 leaves the results in the folder."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_dgpo.model.device import init_device
+
+    torch.set_num_threads(1)
+    init_device()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group{ranks}", rank=rank, world_size=ranks)
+    samples, steps = [_rates()], []
+    for model in MODELS:
+        for point in POINTS:
+            if point.ranks == ranks:
+                seconds = _step_seconds(point, folder / model, rounds)
+                steps.append({"model": model, **asdict(point), "measured_s": seconds})
+                parallel_state.destroy_model_parallel()
+        samples.append(_rates())
+    # As of the steps, the best counts: what the machine does when others leave it alone.
+    best = {name: max(sample[name] for sample in samples) for name in samples[0]}
+    gathered: list = [None] * ranks
+    dist.all_gather_object(gathered, best)
+    if rank == 0:
+        rates = {name: sum(r[name] for r in gathered) / ranks for name in best}
+        (folder / f"{ranks}.json").write_text(json.dumps({"rates": rates, "steps": steps}))
+    dist.destroy_process_group()
+
+
+def _step_seconds(point: Point, model: Path, rounds: int) -> float:
+    """The fastest of `rounds` policy updates. Collective."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_dgpo.batch import Batch
+    from megatron_dgpo.model.parallel import initialize_parallel
+    from megatron_dgpo.model.policy import Policy
+    from megatron_dgpo.model.reference import Reference
+    from megatron_dgpo.trainer import Updates
+    from megatron_dgpo.weights.load import load_weights
+
+    config = Config.model_validate(
+        {
+            "model": {"path": model, "dtype": "float32"},
+            "data": {"train": "none"},
+            "parallel": {"tensor": point.tensor, "pipeline": point.pipeline},
+        }
+    )
+    architecture = read_architecture(model)
+    initialize_parallel(config.parallel, 1)
+    policy, reference = Policy(config, architecture, 1000), Reference(config, architecture)
+    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+    load_weights(policy.modules, architecture, model, tensor_rank, point.tensor)
+    policy.reload_master_weights()
+    torch.manual_seed(parallel_state.get_data_parallel_rank())
+    rows = torch.randint(
+        architecture.vocab_size, (point.responses // point.data, PROMPT_TOKENS + RESPONSE_TOKENS)
+    ).tolist()
+    batch = Batch.from_sequences(
+        [row[:PROMPT_TOKENS] for row in rows], [row[PROMPT_TOKENS:] for row in rows], torch.randn(len(rows)).tolist()
+    )
+    micro_batches = batch.split(1)
+    updates = Updates(SimpleNamespace(policy=policy, config=config, architecture=architecture), reference)
+    loss = updates._loss(reference.hidden_states(micro_batches), [])
+    times = []
+    # The first has Megatron's set-up in it.
+    for _ in range(1 + rounds):
+        dist.barrier()
+        start = time.perf_counter()
+        # It ends by reading the metrics on every rank: nothing is left in flight.
+        policy.step(micro_batches, loss)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _rates() -> dict[str, float]:
+    """This rank's operations/s of matrix products, bytes/s of copies (read and written) and bytes/s in a ring of
+    all-reduces, while all ranks do the same. Sizes are the 26M model's."""
+    import torch
+    import torch.distributed as dist
+
+    tokens, shape, ranks = PROMPT_TOKENS + RESPONSE_TOKENS, MODELS["26M"], dist.get_world_size()
+    left, right = torch.randn(tokens, shape["hidden_size"]), torch.randn(shape["hidden_size"], 1408)
+    large, copy = torch.randn(8 * 2**20), torch.empty(8 * 2**20)
+    message = torch.zeros(tokens, shape["hidden_size"])
+    rates = {
+        "flops": _rate(lambda: left @ right) * 2 * left.numel() * right.shape[1],
+        "copy": _rate(lambda: copy.copy_(large)) * 2 * large.nbytes,
+    }
+    # Every rank must make as many calls: a number, not a time.
+    dist.barrier()
+    calls, start = 50, time.perf_counter()
+    for _ in range(calls if ranks > 1 else 0):
+        dist.all_reduce(message)
+    seconds = (time.perf_counter() - start) / calls
+    # A ring sends 2 (n - 1) / n of the message. Alone there is no network; its rate is used for nothing.
+    rates["network"] = 2 * (ranks - 1) / ranks * message.nbytes / seconds if ranks > 1 else 1e12
+    return rates
+
+
+def _rate(call: Callable[[], object]) -> float:
+    """Calls a second."""
+    import torch.distributed as dist
+
+    call()
+    dist.barrier()
+    start, calls = time.perf_counter(), 0
+    while time.perf_counter() - start < _RATE_S:
+        call()
+        calls += 1
+    return calls / (time.perf_counter() - start)

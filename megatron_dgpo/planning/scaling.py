@@ -1,0 +1,201 @@
+"""How a model's training step changes with the number of GPUs: one row for every model, cluster size and scaling.
+
+strong: the same work whatever the GPUs. weak: work in proportion to the GPUs; both are the same at 64 GPUs.
+
+Useful operations are 2 a weight and token and those of causal attention at mean lengths ([N], appendix; no padding, no
+recomputation), three times as many with the backward pass. MFU is their share of the data sheet's rate: of the update,
+on the trainer's GPUs and its time; of the step, with sampling and the reference pass, on all GPUs and the whole time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from megatron_dgpo.planning import step_time
+from megatron_dgpo.planning.hardware import GPUS
+from megatron_dgpo.planning.layout import TrainerSide, Workload
+from megatron_dgpo.planning.memory import GIB
+from megatron_dgpo.planning.models import ARCHITECTURES, sizes_of
+from megatron_dgpo.planning.plan import Plan, Planner
+from megatron_dgpo.planning.sizes import Sizes
+from megatron_dgpo.planning.step_time import Cluster, Seconds
+
+Scaling = Literal["strong", "weak"]
+SCALINGS: tuple[Scaling, ...] = ("strong", "weak")
+GPU_COUNTS = tuple(8 * 2**n for n in range(10))
+# Machines of eight; and what needs more GPUs than a machine for one vLLM server, on NVLink domains of 64 (of an NVL72).
+CLUSTERS = {"h100": Cluster(GPUS["h100"], 8), "b200-nvl64": Cluster(GPUS["b200"], 64)}
+ONLY_LARGEST = {"b200-nvl64": ("Llama-3.1-405B", "671B-mixture")}
+# 128 prompts of 16 responses, tools/plan_parallelism.py's defaults; weak scaling has as many at BASE_GPUS.
+BASE = Workload(128, 16, 200, 2000, 1024, 8192)
+BASE_GPUS = 64
+PHASES = {
+    "rollout": ("rollout: prefill", "rollout: decode"),
+    "reference": ("reference",),
+    "policy": ("policy: old log-probs",),
+    "update": ("policy: update",),
+    "sync": ("weight sync",),
+}
+BOUNDS = {"compute": "compute", "memory": "memory", "network": "network", "pipeline": "bubble"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """None: no layout runs, and `reason` says why."""
+
+    cluster: str
+    model: str
+    scaling: Scaling
+    gpus: int
+    prompts: int
+    reason: str = ""
+    gpus_used: int | None = None
+    """Fewer than gpus where a smaller number is as fast: the others are idle."""
+    trainer: str | None = None
+    servers: str | None = None
+    step_s: float | None = None
+    tokens_per_s: float | None = None
+    """Prompt and response tokens."""
+    tokens_per_gpu_s: float | None = None
+    """Idle GPUs count."""
+    mfu_update: float | None = None
+    mfu_step: float | None = None
+    headroom_gib: float | None = None
+    """That the trainer leaves on its fullest GPU; a server that shares it has most of that."""
+    share_rollout: float | None = None
+    share_reference: float | None = None
+    share_policy: float | None = None
+    """Old log-probs, with more than one minibatch."""
+    share_update: float | None = None
+    share_sync: float | None = None
+    bound_compute: float | None = None
+    """Share of the step's time, as are the next."""
+    bound_memory: float | None = None
+    bound_network: float | None = None
+    bound_pipeline: float | None = None
+    over_grpo_with_kl: float | None = None
+    """Seconds that DGPO adds to GRPO with the same reference pass in the same layout, by the latter's."""
+    over_grpo: float | None = None
+    """The same over GRPO without a reference."""
+
+    @property
+    def bound(self) -> str:
+        return max(BOUNDS, key=lambda name: getattr(self, f"bound_{name}"))
+
+
+TEXTS = ("cluster", "model", "scaling", "reason", "trainer", "servers")
+WHOLE = ("gpus", "prompts", "gpus_used")
+COLUMNS = [field.name for field in fields(Row)]
+
+
+def study(
+    models: Iterable[str] = ARCHITECTURES, counts: Iterable[int] = GPU_COUNTS, clusters: Iterable[str] = CLUSTERS
+) -> list[Row]:
+    """Rows in the order of clusters, models, scalings and GPUs."""
+    counts = sorted(counts)
+    return [row for series in all_series(models, clusters) for row in series_rows(*series, counts)]
+
+
+def all_series(models: Iterable[str], clusters: Iterable[str]) -> list[tuple[str, str, Scaling]]:
+    return [
+        (cluster, model, scaling)
+        for cluster in clusters
+        for model in models
+        if model in ONLY_LARGEST.get(cluster, ARCHITECTURES)
+        for scaling in SCALINGS
+    ]
+
+
+def workload(scaling: Scaling, gpus: int) -> Workload:
+    return BASE if scaling == "strong" else replace(BASE, prompts=max(1, BASE.prompts * gpus // BASE_GPUS))
+
+
+def series_rows(cluster_name: str, model: str, scaling: Scaling, counts: Iterable[int]) -> list[Row]:
+    """One model over growing numbers of GPUs. With fixed work, GPUs that make a step slower stay idle."""
+    sizes, cluster = sizes_of(model), CLUSTERS[cluster_name]
+    rows, fastest = [], None
+    for gpus in counts:
+        work = workload(scaling, gpus)
+        plan = Planner(sizes, work, cluster).best(gpus)
+        if scaling == "strong":
+            if fastest and (plan.problem or plan.step_s > fastest.step_s):
+                plan = fastest
+            fastest = None if plan.problem else plan
+        head = cluster_name, model, scaling, gpus, work.prompts
+        rows.append(Row(*head, reason=plan.problem) if plan.problem else _row(head, plan, sizes, work, cluster))
+    return rows
+
+
+def _row(head: tuple, plan: Plan, sizes: Sizes, work: Workload, cluster: Cluster) -> Row:
+    gpus, step_s = head[3], plan.step_s
+    tokens_per_s = work.rows * (work.prompt_tokens + work.response_tokens) / step_s
+    shares = {
+        f"share_{name}": sum(plan.phases[part].total for part in parts if part in plan.phases) / step_s
+        for name, parts in PHASES.items()
+    }
+    bounds = {
+        f"bound_{name}": sum(getattr(phase, part) for phase in plan.phases.values()) / step_s
+        for name, part in BOUNDS.items()
+    }
+    update, sampling, reference = useful_operations(sizes, work)
+    rate = cluster.gpu.flops
+    own_s = plan.phases["policy: update"].total
+    grpo_s = without_reference_s(plan, sizes, work, cluster)
+    credit_s = credit_time(sizes, work, plan.trainer, cluster).total
+    return Row(
+        *head,
+        gpus_used=plan.gpus,
+        trainer=str(plan.trainer),
+        servers=str(plan.rollout),
+        step_s=step_s,
+        tokens_per_s=tokens_per_s,
+        tokens_per_gpu_s=tokens_per_s / gpus,
+        mfu_update=update / (plan.trainer.gpus * rate * own_s),
+        mfu_step=(update + sampling + reference) / (gpus * rate * step_s),
+        headroom_gib=plan.trainer_headroom(cluster) / GIB,
+        **shares,
+        **bounds,
+        over_grpo_with_kl=credit_s / step_s,
+        over_grpo=(step_s + credit_s) / grpo_s - 1,
+    )
+
+
+def useful_operations(sizes: Sizes, work: Workload) -> tuple[float, float, float]:
+    """(update, rollout, reference pass) of a step. A group's prompt is computed once in sampling; logits are made of
+    response tokens only."""
+    length = work.prompt_tokens + work.response_tokens
+    weights = sizes.layers * (sizes.attention_weights + sizes.active_mlp_weights)
+    # Each position meets half of the others on average, in two products.
+    attention = 2 * sizes.layers * sizes.a * sizes.d * length
+    head = 2 * sizes.h * sizes.vocab * work.response_tokens
+    row = length * (2 * weights + attention)
+    shared_prompts = (work.rows - work.prompts) * work.prompt_tokens * 2 * weights
+    sampling = work.rows * (row + head) - shared_prompts
+    # The reference's logits are made in the loss.
+    reference = work.rows * (row + head) if work.reference else 0.0
+    return 3 * work.rows * (row + head), sampling, reference
+
+
+def credit_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster) -> Seconds:
+    """What DGPO computes on the last stage that GRPO with a KL term to the same reference does not: the midpoint's sums.
+
+    The KL term needs log ρ(a), and with it the reference's pass and its logits. Counted as one more reading of both
+    models' float32 tiles of logits, which an unfused implementation has and the Triton kernel has not (statistics/), and
+    four more sums a token in the one all-gather: an upper bound. Old log-probs, with several minibatches, cost it again.
+    """
+    tokens = work.rows / trainer.data * work.response_tokens * (1 if work.minibatches == 1 else 2)
+    t = trainer.tensor
+    touched = tokens * sizes.vocab / t * 2 * 4
+    return Seconds(
+        memory=touched / (cluster.gpu.memory_bandwidth * step_time.MEMORY),
+        network=tokens * 4 * 4 * (t - 1) / cluster.bandwidth(t),
+    )
+
+
+def without_reference_s(plan: Plan, sizes: Sizes, work: Workload, cluster: Cluster) -> float:
+    """Seconds of GRPO's step without a reference, in the same layout."""
+    trainer = replace(plan.trainer, reference="none")
+    planner = Planner(sizes, replace(work, reference=False), cluster)
+    return sum(phase.total for phase in planner.phases(trainer, plan.rollout, plan.server).values())
