@@ -56,21 +56,6 @@ def _run(function, args, rank, world_size, rendezvous):
         dist.destroy_process_group()
 
 
-def leave_groups() -> None:
-    """All of Megatron's, before a call makes those of another layout: each gloo group keeps threads that spin."""
-    import gc
-
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    # What a model that is gone referred to is not, as long as cycles hold it.
-    gc.collect()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
-
-
 class _Pool:
     def __init__(self) -> None:
         self.workers: list[tuple] = []

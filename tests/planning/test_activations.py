@@ -11,7 +11,7 @@ from megatron_dgpo.planning.memory import activations, chunk_activations, layer_
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.weights.architectures import read_architecture
 from tests.layouts import make_config
-from tests.ranks import leave_groups, run_ranks
+from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny_model
 
 MODELS = {
@@ -29,10 +29,12 @@ SHAPES = ((1, 64), (3, 32))
 def saved_bytes(model_dir, cases):
     """For each (parallel, model settings, rows, length): bytes of unique storages that autograd keeps after a forward
     pass of this rank's layers, parameters left out."""
+    from megatron_dgpo.model.parallel import destroy_parallel
+
     found = []
     for case in cases:
         found.append(_saved_bytes(model_dir, *case))
-        leave_groups()
+        destroy_parallel()
     return found
 
 

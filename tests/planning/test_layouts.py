@@ -8,7 +8,7 @@ from megatron_dgpo.errors import UsageError
 from megatron_dgpo.planning.layout import RolloutSide, TrainerSide, Workload, refusal, rollout_refusal, trainer_sides
 from megatron_dgpo.weights.architectures import check_layout, read_architecture
 from tests.layouts import make_config
-from tests.ranks import leave_groups, run_ranks
+from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny_model
 
 WORLD = 4
@@ -38,6 +38,8 @@ def candidates(architecture) -> list[TrainerSide]:
 
 def try_to_build(model_dir, sides):
     """For each layout None, or why this rank could not run one forward pass."""
+    from megatron_dgpo.model.parallel import destroy_parallel
+
     found = []
     for side in sides:
         try:
@@ -45,7 +47,7 @@ def try_to_build(model_dir, sides):
             found.append(None)
         except Exception as error:
             found.append(f"{type(error).__name__}: {error}")
-        leave_groups()
+        destroy_parallel()
     return found
 
 

@@ -9,7 +9,7 @@ from megatron_dgpo.planning.memory import static_memory
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.weights.architectures import read_architecture
 from tests.layouts import make_config
-from tests.ranks import leave_groups, run_ranks
+from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny_model
 
 # Head dimension 32 and 131 tokens: parameters of 32 elements, and buffers whose ends need padding.
@@ -46,10 +46,12 @@ def world_size(parallel: dict) -> int:
 
 def allocated(model_dir, layouts):
     """For each layout: this rank's stage and the bytes of its weights, gradients and optimizer after one step."""
+    from megatron_dgpo.model.parallel import destroy_parallel
+
     found = []
     for _, parallel, dtype in layouts:
         found.append(_allocated(model_dir, parallel, dtype))
-        leave_groups()
+        destroy_parallel()
     return found
 
 
