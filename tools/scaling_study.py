@@ -56,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{running} of {len(rows)} rows run, the others say why not; {seconds:.0f} s; {docs / 'scaling.md'}")
     if measured:
         deviation, model, curve, ranks = measured_study.deviations(measured)[0]
-        print(f"measured beside predicted: largest deviation of shape {deviation:+.0%} ({model}, {curve}, {ranks} ranks)")
+        print(
+            f"measured beside predicted: largest deviation of shape {deviation:+.0%} ({model}, {curve}, {ranks} ranks)"
+        )
     return 0
 
 

@@ -1,9 +1,9 @@
 """Real training steps on the machine at hand beside what the formulas say of it.
 
 One to four ranks over gloo, one thread each, take the trainer's own policy update (`Policy.step` with DGPO's loss,
-reference states given) of small models in several layouts. The formulas get the machine as measured in the same run, with
-as many ranks busy at once as the layout has: matrix products, copies and all-reduces of one rank's. Ranks beyond the
-cores share them, and the rates fall accordingly. Absolute times are not what is compared: Python's and PyTorch's
+reference states given) of small models in several layouts. The formulas get the machine as measured in the same run,
+with as many ranks busy at once as the layout has: matrix products, copies and all-reduces of one rank's. Ranks beyond
+the cores share them, and the rates fall accordingly. Absolute times are not what is compared: Python's and PyTorch's
 overhead is a large part of them on such small models. Both are scaled to 1 at one rank.
 """
 
@@ -87,7 +87,7 @@ def measure(rounds: int, report: Callable[[str], None] = print) -> dict:
             result = json.loads((folder / f"{ranks}.json").read_text())
             found["machines"][str(ranks)] = result["rates"]
             found["steps"] += result["steps"]
-        _predict(found, folder)
+    predict(found)
     found["load_after"] = os.getloadavg()[0]
     return found
 
@@ -116,19 +116,30 @@ def deviations(measured: dict) -> list[tuple[float, str, str, int]]:
     return sorted(found, key=lambda item: -abs(item[0]))
 
 
-def machine(rates: dict[str, float]) -> Cluster:
-    """One rank's part of the machine. Messages go through the same memory wherever the ranks are."""
-    gpu = Gpu("this machine", 1e12, rates["flops"], rates["copy"], rates["network"], rates["network"])
-    return Cluster(gpu, 8)
+def machine(rates: dict[str, float], tensor: int) -> Cluster:
+    """One rank's part of the machine. Every tensor-parallel group is a node: inside, messages are as large as
+    activations; between them gradients travel."""
+    gpu = Gpu("this machine", 1e12, rates["flops"], rates["copy"], rates["activations"], rates["gradients"])
+    return Cluster(gpu, tensor)
 
 
-def _predict(found: dict, folder: Path) -> None:
+def predict(found: dict) -> None:
+    """Add `predicted_s` to every step, from the rates beside it."""
+    sizes = {model: _sizes(shape) for model, shape in MODELS.items()}
     for step in found["steps"]:
         point = Point(**{name: step[name] for name in Point.__dataclass_fields__})
-        cluster = machine(found["machines"][str(point.ranks)])
-        sizes = Sizes(read_architecture(folder / step["model"]))
+        cluster = machine(found["machines"][str(point.ranks)], point.tensor)
         with calibration.calibrated(calibration.built_in() | _REACHED):
-            step["predicted_s"] = step_time.update_time(sizes, point.work, point.trainer, cluster).total
+            seconds = step_time.update_time(sizes[step["model"]], point.work, point.trainer, cluster)
+        step["predicted_s"] = seconds.total
+
+
+def _sizes(shape: dict) -> Sizes:
+    from transformers import Qwen2Config
+
+    with tempfile.TemporaryDirectory() as folder:
+        Qwen2Config(architectures=["Qwen2ForCausalLM"], **shape).save_pretrained(folder)
+        return Sizes(read_architecture(Path(folder)))
 
 
 def _save_model(folder: Path, shape: dict) -> None:
@@ -216,28 +227,36 @@ def _step_seconds(point: Point, model: Path, rounds: int) -> float:
 
 
 def _rates() -> dict[str, float]:
-    """This rank's operations/s of matrix products, bytes/s of copies (read and written) and bytes/s in a ring of
-    all-reduces, while all ranks do the same. Sizes are the 26M model's."""
+    """This rank's operations/s of matrix products, bytes/s of copies (read and written), and bytes/s in a ring of
+    all-reduces of activations and of gradients, while all ranks do the same. Sizes are the 26M model's."""
     import torch
+
+    tokens, shape = PROMPT_TOKENS + RESPONSE_TOKENS, MODELS["26M"]
+    hidden, ffn = shape["hidden_size"], shape["intermediate_size"]
+    left, right = torch.randn(tokens, hidden), torch.randn(hidden, ffn)
+    large, copy = torch.randn(8 * 2**20), torch.empty(8 * 2**20)
+    return {
+        "flops": _rate(lambda: left @ right) * 2 * tokens * hidden * ffn,
+        "copy": _rate(lambda: copy.copy_(large)) * 2 * large.nbytes,
+        "activations": _ring_rate(torch.zeros(tokens, hidden), 50),
+        "gradients": _ring_rate(large.zero_(), 3),
+    }
+
+
+def _ring_rate(message, calls: int) -> float:
+    """Bytes a second of one rank: a ring sends 2 (n - 1) / n of the message. Alone it sends nothing, and the rate is
+    not used."""
     import torch.distributed as dist
 
-    tokens, shape, ranks = PROMPT_TOKENS + RESPONSE_TOKENS, MODELS["26M"], dist.get_world_size()
-    left, right = torch.randn(tokens, shape["hidden_size"]), torch.randn(shape["hidden_size"], 1408)
-    large, copy = torch.randn(8 * 2**20), torch.empty(8 * 2**20)
-    message = torch.zeros(tokens, shape["hidden_size"])
-    rates = {
-        "flops": _rate(lambda: left @ right) * 2 * left.numel() * right.shape[1],
-        "copy": _rate(lambda: copy.copy_(large)) * 2 * large.nbytes,
-    }
-    # Every rank must make as many calls: a number, not a time.
+    ranks = dist.get_world_size()
+    if ranks == 1:
+        return 1e15
     dist.barrier()
-    calls, start = 50, time.perf_counter()
-    for _ in range(calls if ranks > 1 else 0):
+    start = time.perf_counter()
+    # As many calls on every rank, not as much time.
+    for _ in range(calls):
         dist.all_reduce(message)
-    seconds = (time.perf_counter() - start) / calls
-    # A ring sends 2 (n - 1) / n of the message. Alone there is no network; its rate is used for nothing.
-    rates["network"] = 2 * (ranks - 1) / ranks * message.nbytes / seconds if ranks > 1 else 1e12
-    return rates
+    return 2 * (ranks - 1) / ranks * message.nbytes * calls / (time.perf_counter() - start)
 
 
 def _rate(call: Callable[[], object]) -> float:
