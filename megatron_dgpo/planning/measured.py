@@ -36,6 +36,7 @@ PROMPT_TOKENS, RESPONSE_TOKENS, RESPONSES = 32, 96, 8
 # Measured rates are what operations reach: nothing is taken off them.
 _REACHED = dict.fromkeys(calibration.SHARES, 1.0)
 _RATE_S = 0.5
+_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -72,24 +73,37 @@ POINTS = [
 
 
 def measure(rounds: int, report: Callable[[str], None] = print) -> dict:
-    """Times and rates of this machine, as JSON has them. Starts and ends its own processes."""
+    """Times and rates of this machine, as JSON has them: the best of `rounds` times over everything, so that other work
+    on the machine spoils as little as possible. Starts and ends its own processes."""
     import torch.multiprocessing
 
-    found = {"cores": len(os.sched_getaffinity(0)), "rounds": rounds, "load_before": os.getloadavg()[0]}
-    found |= {"machines": {}, "steps": []}
+    found: dict = {"cores": len(os.sched_getaffinity(0)), "rounds": rounds, "machines": {}, "steps": []}
+    loads = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for model, shape in MODELS.items():
             _save_model(folder / model, shape)
-        for ranks in sorted({point.ranks for point in POINTS}):
-            report(f"{ranks} rank{'s' if ranks > 1 else ''} …")
-            torch.multiprocessing.spawn(_run_rank, (ranks, folder, rounds), ranks)
-            result = json.loads((folder / f"{ranks}.json").read_text())
-            found["machines"][str(ranks)] = result["rates"]
-            found["steps"] += result["steps"]
+        for number in range(rounds):
+            for ranks in sorted({point.ranks for point in POINTS}):
+                report(f"round {number + 1}: {ranks} rank{'s' if ranks > 1 else ''}, load {loads[-1]:.0f}")
+                (folder / "group").unlink(missing_ok=True)
+                torch.multiprocessing.spawn(_run_rank, (ranks, folder), ranks)
+                _keep_best(found, ranks, json.loads((folder / "result.json").read_text()))
+                loads.append(os.getloadavg()[0])
+    found |= {"least_load": min(loads), "most_load": max(loads)}
     predict(found)
-    found["load_after"] = os.getloadavg()[0]
     return found
+
+
+def _keep_best(found: dict, ranks: int, result: dict) -> None:
+    rates = found["machines"].setdefault(str(ranks), result["rates"])
+    found["machines"][str(ranks)] = {name: max(rate, result["rates"][name]) for name, rate in rates.items()}
+    for step in result["steps"]:
+        same = [old for old in found["steps"] if all(old[name] == step[name] for name in ("model", "curve", "ranks"))]
+        if same:
+            same[0]["measured_s"] = min(same[0]["measured_s"], step["measured_s"])
+        else:
+            found["steps"].append(step)
 
 
 def curves(measured: dict, model: str) -> dict[str, list[dict]]:
@@ -150,7 +164,7 @@ def _save_model(folder: Path, shape: dict) -> None:
     Qwen2ForCausalLM(Qwen2Config(**shape)).save_pretrained(folder)
 
 
-def _run_rank(rank: int, ranks: int, folder: Path, rounds: int) -> None:
+def _run_rank(rank: int, ranks: int, folder: Path) -> None:
     """All points of `ranks` ranks in one process of each; rank 0 leaves the results in the folder."""
     import torch
     import torch.distributed as dist
@@ -160,27 +174,24 @@ def _run_rank(rank: int, ranks: int, folder: Path, rounds: int) -> None:
 
     torch.set_num_threads(1)
     init_device()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group{ranks}", rank=rank, world_size=ranks)
-    samples, steps = [_rates()], []
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=ranks)
+    rates, steps = _rates(), []
     for model in MODELS:
         for point in POINTS:
             if point.ranks == ranks:
-                seconds = _step_seconds(point, folder / model, rounds)
+                seconds = _step_seconds(point, folder / model)
                 steps.append({"model": model, **asdict(point), "measured_s": seconds})
                 parallel_state.destroy_model_parallel()
-        samples.append(_rates())
-    # As of the steps, the best counts: what the machine does when others leave it alone.
-    best = {name: max(sample[name] for sample in samples) for name in samples[0]}
     gathered: list = [None] * ranks
-    dist.all_gather_object(gathered, best)
+    dist.all_gather_object(gathered, rates)
     if rank == 0:
-        rates = {name: sum(r[name] for r in gathered) / ranks for name in best}
-        (folder / f"{ranks}.json").write_text(json.dumps({"rates": rates, "steps": steps}))
+        mean = {name: sum(r[name] for r in gathered) / ranks for name in rates}
+        (folder / "result.json").write_text(json.dumps({"rates": mean, "steps": steps}))
     dist.destroy_process_group()
 
 
-def _step_seconds(point: Point, model: Path, rounds: int) -> float:
-    """The fastest of `rounds` policy updates. Collective."""
+def _step_seconds(point: Point, model: Path) -> float:
+    """The fastest of some policy updates. Collective."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -217,7 +228,7 @@ def _step_seconds(point: Point, model: Path, rounds: int) -> float:
     loss = updates._loss(reference.hidden_states(micro_batches), [])
     times = []
     # The first has Megatron's set-up in it.
-    for _ in range(1 + rounds):
+    for _ in range(1 + _STEPS):
         dist.barrier()
         start = time.perf_counter()
         # It ends by reading the metrics on every rank: nothing is left in flight.

@@ -288,14 +288,14 @@ def _measured(measured: dict | None) -> str:
         for step in measured["steps"]
         if step["ranks"] == 1
     )
-    load = f"load {measured['load_before']:.0f} before, {measured['load_after']:.0f} after"
+    load = f"load {measured['least_load']:.0f} to {measured['most_load']:.0f}"
     text = f"""{title}
 
 The trainer's own policy update (`Policy.step` with DGPO's loss) over gloo, one thread a rank, on {measured["cores"]}
 cores: **four ranks share them**, and other work was on the machine ({load}). {measured_study.RESPONSES} responses of
 {measured_study.RESPONSE_TOKENS} tokens after prompts of {measured_study.PROMPT_TOKENS}, micro-batches of one; "DP,
-weak" has as many for every rank. The fastest of {measured["rounds"]} steps counts. The formulas get one rank's rates,
-measured in the same run while all ranks are busy ({machines}).
+weak" has as many for every rank. The fastest step of {measured["rounds"]} rounds counts. The formulas get one rank's
+rates, measured in the same run while all ranks are busy ({machines}).
 
 Both are scaled to 1 at one rank: the shape is compared, not the time (one rank: {one_rank}). **The largest deviation of
 shape is {largest:+.0%}** ({model}, {curve}, {ranks} ranks); the median is {median:.0%}.
