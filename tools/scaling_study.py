@@ -56,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{running} of {len(rows)} rows run, the others say why not; {seconds:.0f} s; {docs / 'scaling.md'}")
     if measured:
         deviation, model, curve, ranks = measured_study.deviations(measured)[0]
-        print(f"measured beside predicted: largest deviation of shape {deviation:+.0%} ({model}, {curve}, {ranks} ranks)")
+        print(
+            f"measured beside predicted: largest deviation of shape {deviation:+.0%} ({model}, {curve}, {ranks} ranks)"
+        )
     return 0
 
 
@@ -65,7 +67,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("."), help="default: here")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="JSON of measured efficiencies")
     parser.add_argument("--measure", action="store_true", help="take real steps of small models, 1 to 4 ranks")
-    parser.add_argument("--rounds", type=_positive, default=5, help="steps of each; the fastest counts; default: 5")
+    parser.add_argument("--rounds", type=_positive, default=3, help="of --measure; the best of all counts; default: 3")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=_positive, default=cores, help="processes; default: one a core")
     return parser.parse_args(arguments)

@@ -1,9 +1,9 @@
 """Real training steps on the machine at hand beside what the formulas say of it.
 
 One to four ranks over gloo, one thread each, take the trainer's own policy update (`Policy.step` with DGPO's loss,
-reference states given) of small models in several layouts. The formulas get the machine as measured in the same run, with
-as many ranks busy at once as the layout has: matrix products, copies and all-reduces of one rank's. Ranks beyond the
-cores share them, and the rates fall accordingly. Absolute times are not what is compared: Python's and PyTorch's
+reference states given) of small models in several layouts. The formulas get the machine as measured in the same run,
+with as many ranks busy at once as the layout has: matrix products, copies and all-reduces of one rank's. Ranks beyond
+the cores share them, and the rates fall accordingly. Absolute times are not what is compared: Python's and PyTorch's
 overhead is a large part of them on such small models. Both are scaled to 1 at one rank.
 """
 
@@ -36,6 +36,7 @@ PROMPT_TOKENS, RESPONSE_TOKENS, RESPONSES = 32, 96, 8
 # Measured rates are what operations reach: nothing is taken off them.
 _REACHED = dict.fromkeys(calibration.SHARES, 1.0)
 _RATE_S = 0.5
+_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -72,24 +73,37 @@ POINTS = [
 
 
 def measure(rounds: int, report: Callable[[str], None] = print) -> dict:
-    """Times and rates of this machine, as JSON has them. Starts and ends its own processes."""
+    """Times and rates of this machine, as JSON has them: the best of `rounds` times over everything, so that other work
+    on the machine spoils as little as possible. Starts and ends its own processes."""
     import torch.multiprocessing
 
-    found = {"cores": len(os.sched_getaffinity(0)), "rounds": rounds, "load_before": os.getloadavg()[0]}
-    found |= {"machines": {}, "steps": []}
+    found: dict = {"cores": len(os.sched_getaffinity(0)), "rounds": rounds, "machines": {}, "steps": []}
+    loads = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for model, shape in MODELS.items():
             _save_model(folder / model, shape)
-        for ranks in sorted({point.ranks for point in POINTS}):
-            report(f"{ranks} rank{'s' if ranks > 1 else ''} …")
-            torch.multiprocessing.spawn(_run_rank, (ranks, folder, rounds), ranks)
-            result = json.loads((folder / f"{ranks}.json").read_text())
-            found["machines"][str(ranks)] = result["rates"]
-            found["steps"] += result["steps"]
-        _predict(found, folder)
-    found["load_after"] = os.getloadavg()[0]
+        for number in range(rounds):
+            for ranks in sorted({point.ranks for point in POINTS}):
+                report(f"round {number + 1}: {ranks} rank{'s' if ranks > 1 else ''}, load {loads[-1]:.0f}")
+                (folder / "group").unlink(missing_ok=True)
+                torch.multiprocessing.spawn(_run_rank, (ranks, folder), ranks)
+                _keep_best(found, ranks, json.loads((folder / "result.json").read_text()))
+                loads.append(os.getloadavg()[0])
+    found |= {"least_load": min(loads), "most_load": max(loads)}
+    predict(found)
     return found
+
+
+def _keep_best(found: dict, ranks: int, result: dict) -> None:
+    rates = found["machines"].setdefault(str(ranks), result["rates"])
+    found["machines"][str(ranks)] = {name: max(rate, result["rates"][name]) for name, rate in rates.items()}
+    for step in result["steps"]:
+        same = [old for old in found["steps"] if all(old[name] == step[name] for name in ("model", "curve", "ranks"))]
+        if same:
+            same[0]["measured_s"] = min(same[0]["measured_s"], step["measured_s"])
+        else:
+            found["steps"].append(step)
 
 
 def curves(measured: dict, model: str) -> dict[str, list[dict]]:
@@ -116,19 +130,30 @@ def deviations(measured: dict) -> list[tuple[float, str, str, int]]:
     return sorted(found, key=lambda item: -abs(item[0]))
 
 
-def machine(rates: dict[str, float]) -> Cluster:
-    """One rank's part of the machine. Messages go through the same memory wherever the ranks are."""
-    gpu = Gpu("this machine", 1e12, rates["flops"], rates["copy"], rates["network"], rates["network"])
-    return Cluster(gpu, 8)
+def machine(rates: dict[str, float], tensor: int) -> Cluster:
+    """One rank's part of the machine. Every tensor-parallel group is a node: inside, messages are as large as
+    activations; between them gradients travel."""
+    gpu = Gpu("this machine", 1e12, rates["flops"], rates["copy"], rates["activations"], rates["gradients"])
+    return Cluster(gpu, tensor)
 
 
-def _predict(found: dict, folder: Path) -> None:
+def predict(found: dict) -> None:
+    """Add `predicted_s` to every step, from the rates beside it."""
+    sizes = {model: _sizes(shape) for model, shape in MODELS.items()}
     for step in found["steps"]:
         point = Point(**{name: step[name] for name in Point.__dataclass_fields__})
-        cluster = machine(found["machines"][str(point.ranks)])
-        sizes = Sizes(read_architecture(folder / step["model"]))
+        cluster = machine(found["machines"][str(point.ranks)], point.tensor)
         with calibration.calibrated(calibration.built_in() | _REACHED):
-            step["predicted_s"] = step_time.update_time(sizes, point.work, point.trainer, cluster).total
+            seconds = step_time.update_time(sizes[step["model"]], point.work, point.trainer, cluster)
+        step["predicted_s"] = seconds.total
+
+
+def _sizes(shape: dict) -> Sizes:
+    from transformers import Qwen2Config
+
+    with tempfile.TemporaryDirectory() as folder:
+        Qwen2Config(architectures=["Qwen2ForCausalLM"], **shape).save_pretrained(folder)
+        return Sizes(read_architecture(Path(folder)))
 
 
 def _save_model(folder: Path, shape: dict) -> None:
@@ -139,7 +164,7 @@ def _save_model(folder: Path, shape: dict) -> None:
     Qwen2ForCausalLM(Qwen2Config(**shape)).save_pretrained(folder)
 
 
-def _run_rank(rank: int, ranks: int, folder: Path, rounds: int) -> None:
+def _run_rank(rank: int, ranks: int, folder: Path) -> None:
     """All points of `ranks` ranks in one process of each; rank 0 leaves the results in the folder."""
     import torch
     import torch.distributed as dist
@@ -149,27 +174,24 @@ def _run_rank(rank: int, ranks: int, folder: Path, rounds: int) -> None:
 
     torch.set_num_threads(1)
     init_device()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group{ranks}", rank=rank, world_size=ranks)
-    samples, steps = [_rates()], []
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=ranks)
+    rates, steps = _rates(), []
     for model in MODELS:
         for point in POINTS:
             if point.ranks == ranks:
-                seconds = _step_seconds(point, folder / model, rounds)
+                seconds = _step_seconds(point, folder / model)
                 steps.append({"model": model, **asdict(point), "measured_s": seconds})
                 parallel_state.destroy_model_parallel()
-        samples.append(_rates())
-    # As of the steps, the best counts: what the machine does when others leave it alone.
-    best = {name: max(sample[name] for sample in samples) for name in samples[0]}
     gathered: list = [None] * ranks
-    dist.all_gather_object(gathered, best)
+    dist.all_gather_object(gathered, rates)
     if rank == 0:
-        rates = {name: sum(r[name] for r in gathered) / ranks for name in best}
-        (folder / f"{ranks}.json").write_text(json.dumps({"rates": rates, "steps": steps}))
+        mean = {name: sum(r[name] for r in gathered) / ranks for name in rates}
+        (folder / "result.json").write_text(json.dumps({"rates": mean, "steps": steps}))
     dist.destroy_process_group()
 
 
-def _step_seconds(point: Point, model: Path, rounds: int) -> float:
-    """The fastest of `rounds` policy updates. Collective."""
+def _step_seconds(point: Point, model: Path) -> float:
+    """The fastest of some policy updates. Collective."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -206,7 +228,7 @@ def _step_seconds(point: Point, model: Path, rounds: int) -> float:
     loss = updates._loss(reference.hidden_states(micro_batches), [])
     times = []
     # The first has Megatron's set-up in it.
-    for _ in range(1 + rounds):
+    for _ in range(1 + _STEPS):
         dist.barrier()
         start = time.perf_counter()
         # It ends by reading the metrics on every rank: nothing is left in flight.
@@ -216,28 +238,36 @@ def _step_seconds(point: Point, model: Path, rounds: int) -> float:
 
 
 def _rates() -> dict[str, float]:
-    """This rank's operations/s of matrix products, bytes/s of copies (read and written) and bytes/s in a ring of
-    all-reduces, while all ranks do the same. Sizes are the 26M model's."""
+    """This rank's operations/s of matrix products, bytes/s of copies (read and written), and bytes/s in a ring of
+    all-reduces of activations and of gradients, while all ranks do the same. Sizes are the 26M model's."""
     import torch
+
+    tokens, shape = PROMPT_TOKENS + RESPONSE_TOKENS, MODELS["26M"]
+    hidden, ffn = shape["hidden_size"], shape["intermediate_size"]
+    left, right = torch.randn(tokens, hidden), torch.randn(hidden, ffn)
+    large, copy = torch.randn(8 * 2**20), torch.empty(8 * 2**20)
+    return {
+        "flops": _rate(lambda: left @ right) * 2 * tokens * hidden * ffn,
+        "copy": _rate(lambda: copy.copy_(large)) * 2 * large.nbytes,
+        "activations": _ring_rate(torch.zeros(tokens, hidden), 50),
+        "gradients": _ring_rate(large.zero_(), 3),
+    }
+
+
+def _ring_rate(message, calls: int) -> float:
+    """Bytes a second of one rank: a ring sends 2 (n - 1) / n of the message. Alone it sends nothing, and the rate is
+    not used."""
     import torch.distributed as dist
 
-    tokens, shape, ranks = PROMPT_TOKENS + RESPONSE_TOKENS, MODELS["26M"], dist.get_world_size()
-    left, right = torch.randn(tokens, shape["hidden_size"]), torch.randn(shape["hidden_size"], 1408)
-    large, copy = torch.randn(8 * 2**20), torch.empty(8 * 2**20)
-    message = torch.zeros(tokens, shape["hidden_size"])
-    rates = {
-        "flops": _rate(lambda: left @ right) * 2 * left.numel() * right.shape[1],
-        "copy": _rate(lambda: copy.copy_(large)) * 2 * large.nbytes,
-    }
-    # Every rank must make as many calls: a number, not a time.
+    ranks = dist.get_world_size()
+    if ranks == 1:
+        return 1e15
     dist.barrier()
-    calls, start = 50, time.perf_counter()
-    for _ in range(calls if ranks > 1 else 0):
+    start = time.perf_counter()
+    # As many calls on every rank, not as much time.
+    for _ in range(calls):
         dist.all_reduce(message)
-    seconds = (time.perf_counter() - start) / calls
-    # A ring sends 2 (n - 1) / n of the message. Alone there is no network; its rate is used for nothing.
-    rates["network"] = 2 * (ranks - 1) / ranks * message.nbytes / seconds if ranks > 1 else 1e12
-    return rates
+    return 2 * (ranks - 1) / ranks * message.nbytes * calls / (time.perf_counter() - start)
 
 
 def _rate(call: Callable[[], object]) -> float:

@@ -124,17 +124,16 @@ class Planner:
         for bound, trainer, count, shared in bounds:
             if bound > EQUAL * fastest:
                 break
-            needed = self._ends(trainer)
-            if needed > self.cluster.gpu.memory_bytes:
-                closest = min(closest, (needed, (trainer, count, shared)), key=lambda pair: pair[0])
-                continue
-            plan = self._plan(trainer, None, gpus, count, shared)
-            if plan.problem is None:
-                running.append(plan)
-                fastest = min(fastest, plan.step_s)
-            elif closest[0] > 0:
-                # The trainer fits, its servers do not.
-                closest = 0.0, (trainer, count, shared)
+            needed = self._ends(trainer) + (memory.ASLEEP_BYTES if shared else 0.0)
+            if needed <= self.cluster.gpu.memory_bytes:
+                plan = self._plan(trainer, None, gpus, count, shared)
+                if plan.problem is None:
+                    running.append(plan)
+                    fastest = min(fastest, plan.step_s)
+                    continue
+                # Where the trainer fits, and its servers do not, nothing else comes closer.
+                needed = needed if plan.rollout is None else 0.0
+            closest = min(closest, (needed, (trainer, count, shared)), key=lambda pair: pair[0])
         if running:
             return choose(running, self.cluster)
         if closest[1] is None:
@@ -146,8 +145,7 @@ class Planner:
         """(seconds that no plan of it goes below, trainer, its GPUs, whether they are shared)."""
         architecture, per_node = self.sizes.architecture, self.cluster.gpus_per_node
         for shared, count in self._splits(gpus, placements):
-            fraction = 1 - SHARED_MARGIN if shared else OWN_FRACTION
-            rollout, server, problem = self._best_rollout(count if shared else gpus - count, shared, fraction)
+            rollout, server, problem = self._best_rollout(count if shared else gpus - count, shared, OWN_FRACTION)
             sampling = 0.0 if problem else sum(s.total for s in self._rollout_seconds(rollout, server))
             for trainer in layout.undominated_sides(architecture, self.work, count, per_node):
                 yield sampling + self._trainer_seconds(trainer), trainer, count, shared

@@ -25,12 +25,14 @@ from megatron_dgpo.planning.step_time import Cluster, Seconds
 Scaling = Literal["strong", "weak"]
 SCALINGS: tuple[Scaling, ...] = ("strong", "weak")
 GPU_COUNTS = tuple(8 * 2**n for n in range(10))
-# Machines of eight; and what needs more GPUs than a machine for one vLLM server, on NVLink domains of 64 (of an NVL72).
+# Machines of eight; and for models whose vLLM server needs more GPUs than such a machine, NVLink domains of 64 (of an
+# NVL72), made of many hosts: no launcher shares GPUs there.
 CLUSTERS = {"h100": Cluster(GPUS["h100"], 8), "b200-nvl64": Cluster(GPUS["b200"], 64)}
 ONLY_LARGEST = {"b200-nvl64": ("Llama-3.1-405B", "671B-mixture")}
 # 128 prompts of 16 responses, tools/plan_parallelism.py's defaults; weak scaling has as many at BASE_GPUS.
 BASE = Workload(128, 16, 200, 2000, 1024, 8192)
 BASE_GPUS = 64
+PLACEMENTS = {"h100": ("separate", "shared"), "b200-nvl64": ("separate",)}
 PHASES = {
     "rollout": ("rollout: prefill", "rollout: decode"),
     "reference": ("reference",),
@@ -63,7 +65,7 @@ class Row:
     mfu_update: float | None = None
     mfu_step: float | None = None
     headroom_gib: float | None = None
-    """That the trainer leaves on its fullest GPU; a server that shares it has most of that."""
+    """That the trainer leaves on its fullest GPU while it trains; a sleeping server keeps 3 of it."""
     share_rollout: float | None = None
     share_reference: float | None = None
     share_policy: float | None = None
@@ -118,7 +120,7 @@ def series_rows(cluster_name: str, model: str, scaling: Scaling, counts: Iterabl
     rows, fastest = [], None
     for gpus in counts:
         work = workload(scaling, gpus)
-        plan = Planner(sizes, work, cluster).best(gpus)
+        plan = Planner(sizes, work, cluster).best(gpus, PLACEMENTS[cluster_name])
         if scaling == "strong":
             if fastest and (plan.problem or plan.step_s > fastest.step_s):
                 plan = fastest
@@ -179,11 +181,12 @@ def useful_operations(sizes: Sizes, work: Workload) -> tuple[float, float, float
 
 
 def credit_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster) -> Seconds:
-    """What DGPO computes on the last stage that GRPO with a KL term to the same reference does not: the midpoint's sums.
+    """What DGPO computes on the last stage and GRPO with a KL term to the same reference does not: the midpoint's sums.
 
     The KL term needs log ρ(a), and with it the reference's pass and its logits. Counted as one more reading of both
-    models' float32 tiles of logits, which an unfused implementation has and the Triton kernel has not (statistics/), and
-    four more sums a token in the one all-gather: an upper bound. Old log-probs, with several minibatches, cost it again.
+    models' float32 tiles of logits, which an unfused implementation has and the Triton kernel has not (statistics/),
+    and four more sums a token in the one all-gather: an upper bound. With several minibatches old log-probs cost it
+    again.
     """
     tokens = work.rows / trainer.data * work.response_tokens * (1 if work.minibatches == 1 else 2)
     t = trainer.tensor

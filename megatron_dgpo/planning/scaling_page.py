@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -80,30 +81,31 @@ def _introduction(rows, efficiencies, command) -> str:
         for name, cluster in CLUSTERS.items()
         if any(row.cluster == name for row in rows)
     )
+    tokens = BASE.prompt_tokens + BASE.response_tokens
     return f"""# Scaling from 0.5B to 671B, 8 to 4,096 GPUs
 
-**Everything up to the last section is predicted by the planner's formulas** (`megatron_dgpo/planning/`), not measured:
-no GPU has been used. How far the formulas are from published step times is what
-`python tools/plan_parallelism.py --validate` prints. Efficiencies: {source}. Made by
+**Everything but the last section is predicted by the planner's formulas** (`megatron_dgpo/planning/`), not measured: no
+GPU has been used. How far the formulas are from published step times is what `python tools/plan_parallelism.py
+--validate` prints. Efficiencies: {source}. Made by
 
     {command}
 
-which also writes `benchmarks/scaling.csv`, all figures of the tables below and of what they leave out.
+which also writes `benchmarks/scaling.csv`: all figures of the tables below, and those that they leave out.
 
-**Work.** A step is {BASE.prompts} prompts × {BASE.group} responses (strong scaling: whatever the GPUs; weak scaling: \
-{BASE.prompts} prompts for every {BASE_GPUS} GPUs, so that both agree at {BASE_GPUS}). Prompts of {BASE.prompt_tokens} \
-tokens and responses of {BASE.response_tokens:,} on average, at most {BASE.max_prompt_tokens:,} and \
+**Work.** A step is {BASE.prompts} prompts × {BASE.group} responses (strong scaling: whatever the GPUs; weak scaling:
+{BASE.prompts} prompts for every {BASE_GPUS} GPUs, so that both agree at {BASE_GPUS}). Prompts of {BASE.prompt_tokens}
+tokens and responses of {BASE.response_tokens:,} on average, at most {BASE.max_prompt_tokens:,} and
 {BASE.max_response_tokens:,}; one optimizer step; bfloat16. Clusters: {clusters}.
 
-**Padding.** This trainer pads rows to the longest, {BASE.row_tokens:,} positions for \
-{BASE.prompt_tokens + BASE.response_tokens:,} tokens: {BASE.row_tokens / (BASE.prompt_tokens + BASE.response_tokens):.1f} \
-times the work of packed rows in the reference pass and the update. MFU counts useful tokens only, which is why it is so low.
+**Padding.** This trainer pads rows to the longest, {BASE.row_tokens:,} positions for {tokens:,} tokens:
+{BASE.row_tokens / tokens:.1f} times the work of packed rows in the reference pass and the update. MFU counts useful
+tokens only, which is why it is so low.
 
 **Words.** tokens/s: prompt and response tokens of a step by its whole time. MFU (update): useful operations of the
 policy update by its time on the trainer's GPUs; MFU (step): of sampling, reference and update by the whole step on all
-GPUs; neither padding nor recomputation is useful. Headroom: GiB that the trainer leaves on its fullest GPU; a vLLM
-server that shares the GPU lives in it. A phase is a sum of computing, reading memory, communicating and waiting for
-other pipeline stages, nothing hidden behind anything else; the bound is the largest over the step."""
+GPUs; neither padding nor recomputation is useful. Headroom: GiB that the trainer leaves on its fullest GPU while it
+trains (a sleeping vLLM server keeps 3 of them). A phase is a sum of computing, reading memory, communicating and
+waiting for other pipeline stages, nothing hidden behind anything else; the bound is the largest over the step."""
 
 
 def _fits(rows: list[Row]) -> str:
@@ -114,7 +116,13 @@ def _fits(rows: list[Row]) -> str:
         failing = [row for row in series if row.reason]
         if failing:
             lines.append(
-                [model, cluster, scaling, f"{least:,}" if least else "none", f"{failing[-1].gpus:,}: {failing[-1].reason}"]
+                [
+                    model,
+                    cluster,
+                    scaling,
+                    f"{least:,}" if least else "none",
+                    f"{failing[-1].gpus:,}: {failing[-1].reason}",
+                ]
             )
     text = """## What fits
 
@@ -166,7 +174,7 @@ def _phases(rows: list[Row]) -> str:
     text = f"""## Share of each phase
 
 Strong scaling, in percent: rollout / reference / policy update / weight sync. (Old log-probs are the update's own with
-one optimizer step.) With more GPUs for the same work the update shrinks and the longest response remains, \
+one optimizer step.) With more GPUs for the same work the update shrinks and the longest response remains:
 {BASE.max_response_tokens:,} decoding steps one after the other.
 
 ![share of each phase against GPUs](scaling_phases.png)"""
@@ -230,8 +238,8 @@ memory it saves to use: not counted.)"""
 def _layouts(rows: list[Row]) -> str:
     text = """## Best layouts
 
-Weak scaling. TP tensor (+SP sequence), PP pipeline, VP chunks a stage, EP expert, DP data parallel; sharded: distributed
-optimizer; mbs: rows of a micro-batch. The CSV has strong scaling's."""
+Weak scaling. TP tensor (+SP sequence), PP pipeline, VP chunks a stage, EP expert, DP data parallel; sharded:
+distributed optimizer; mbs: rows of a micro-batch. The CSV has strong scaling's."""
     lines = []
     for cluster, model in _models(rows):
         for row in _of(rows, cluster, model, "weak"):
@@ -241,16 +249,17 @@ optimizer; mbs: rows of a micro-batch. The CSV has strong scaling's."""
 
 
 def _approximations() -> str:
+    parameters = sizes_of("671B-mixture").parameters / 1e9
     return f"""## What is approximated
 
-- `671B-mixture` has DeepSeek-V3's sizes as far as this trainer's model can express them \
-({sizes_of("671B-mixture").parameters / 1e9:.0f} B parameters): multi-head latent attention is grouped-query attention
-  (128 heads of 128, 2 key/value groups: 512 numbers a token and layer in the cache for MLA's 576; tensor parallelism of
-  at most 2 in training); the shared expert is a ninth routed one; the three dense layers are mixtures; 56 layers for 61,
-  a prime number that no pipeline divides; no multi-token prediction; bfloat16 for FP8. It is not a model that this
-  trainer can load.
-- `b200-nvl64` is the planner's B200 with 64 GPUs on one NVLink domain, as of an NVL72: models whose vLLM server does not
-  fit a machine of eight H100. A GB200's own memory and rates differ by a few percent.
+- `671B-mixture` has DeepSeek-V3's sizes as far as this trainer's model can express them ({parameters:.0f} B
+  parameters): multi-head latent attention is grouped-query attention (128 heads of 128, 2 key/value groups: 512 numbers
+  a token and layer in the cache for MLA's 576; tensor parallelism of at most 2 in training); the shared expert is a
+  ninth routed one; the three dense layers are mixtures; 56 layers for 61, a prime number that no pipeline divides; no
+  multi-token prediction; bfloat16 for FP8. It is not a model that this trainer can load.
+- `b200-nvl64` is the planner's B200 with 64 GPUs on one NVLink domain, as of an NVL72, for models whose vLLM server
+  does not fit a machine of eight H100. A GB200's own memory and rates differ by a few percent, and its domain is made
+  of hosts with four GPUs: servers of more are not what this trainer's launcher starts today.
 - Experts get equal shares of the tokens. Rings of all sizes reach the same share of a link's bandwidth, and have no
   latency in training.
 - Grading, batching, checkpoints and the start of a run are left out; rollouts are not overlapped with training."""
@@ -261,10 +270,10 @@ def _measured(measured: dict | None) -> str:
     if measured is None:
         return f"{title}\n\nNot measured yet: `python tools/scaling_study.py --measure`."
     largest, model, curve, ranks = measured_study.deviations(measured)[0]
-    median = sorted(abs(item[0]) for item in measured_study.deviations(measured))[len(measured["steps"]) // 2 - 1]
+    median = statistics.median(abs(item[0]) for item in measured_study.deviations(measured))
     machines = "; ".join(
         f"{n}: {m['flops'] / 1e9:.0f} GFLOP/s, copies {m['copy'] / 1e9:.1f} GB/s"
-        + (f", all-reduce {m['network'] / 1e9:.2f} GB/s" if int(n) > 1 else "")
+        + (f", all-reduces {m['activations'] / 1e9:.2f} and {m['gradients'] / 1e9:.2f} GB/s" if int(n) > 1 else "")
         for n, m in measured["machines"].items()
     )
     lines = [
@@ -274,19 +283,22 @@ def _measured(measured: dict | None) -> str:
         for curve_name, points in measured_study.curves(measured, name).items()
         for point in points[1:]
     ]
-    ones = [step for step in measured["steps"] if step["ranks"] == 1]
-    absolute = ", ".join(f"{s['model']} {s['measured_s']:.2f} s measured, {s['predicted_s']:.2f} s predicted" for s in ones)
+    one_rank = ", ".join(
+        f"{step['model']} {step['measured_s']:.2f} s measured, {step['predicted_s']:.2f} s predicted"
+        for step in measured["steps"]
+        if step["ranks"] == 1
+    )
+    load = f"load {measured['least_load']:.0f} to {measured['most_load']:.0f}"
     text = f"""{title}
 
-The trainer's own policy update (`Policy.step` with DGPO's loss) over gloo, one thread a rank, on
-{measured["cores"]} cores: **four ranks share them**, and other work was on the machine (load {measured["load_before"]:.0f} \
-before, {measured["load_after"]:.0f} after). {measured_study.RESPONSES} responses of {measured_study.RESPONSE_TOKENS} tokens \
-after prompts of {measured_study.PROMPT_TOKENS}, micro-batches of one; "DP, weak" has as many for every rank. The fastest of \
-{measured["rounds"]} steps counts. The formulas get one rank's rates, measured in the same run while all ranks are busy
-({machines}).
+The trainer's own policy update (`Policy.step` with DGPO's loss) over gloo, one thread a rank, on {measured["cores"]}
+cores: **four ranks share them**, and other work was on the machine ({load}). {measured_study.RESPONSES} responses of
+{measured_study.RESPONSE_TOKENS} tokens after prompts of {measured_study.PROMPT_TOKENS}, micro-batches of one; "DP,
+weak" has as many for every rank. The fastest step of {measured["rounds"]} rounds counts. The formulas get one rank's
+rates, measured in the same run while all ranks are busy ({machines}).
 
-Both are scaled to 1 at one rank: the shape is compared, not the time (one rank: {absolute}).
-**The largest deviation of shape is {largest:+.0%}** ({model}, {curve}, {ranks} ranks); the median is {median:.0%}.
+Both are scaled to 1 at one rank: the shape is compared, not the time (one rank: {one_rank}). **The largest deviation of
+shape is {largest:+.0%}** ({model}, {curve}, {ranks} ranks); the median is {median:.0%}.
 
 ![measured and predicted time of a step against ranks](scaling_measured.png)"""
     names = ["model", "curve", "ranks", "measured, of one rank's time", "predicted", "deviation"]
@@ -345,13 +357,17 @@ def _draw_throughput(path: Path, rows: list[Row]) -> None:
             series = [row for row in _of(rows, cluster, model, scaling) if not row.reason]
             style = dict(color=_COLOURS[number % len(_COLOURS)], linestyle="-" if number < len(_COLOURS) else "--")
             label = model if cluster == "h100" else f"{model}, {cluster}"
-            axis.plot([r.gpus for r in series], [getattr(r, name) for r in series], "o", ms=3, lw=1.4, label=label, **style)
+            axis.plot(
+                [r.gpus for r in series], [getattr(r, name) for r in series], "o", ms=3, lw=1.4, label=label, **style
+            )
         _log_gpus(axis, rows)
         axis.set_yscale(scale)
         _plain(axis, title)
         if scale == "linear":
             axis.set_ylim(bottom=0)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False
+    )
     _save(figure, path, "Ten models over 8 to 4,096 GPUs (predicted)")
 
 

@@ -47,7 +47,8 @@ class Sizes:
         """Of one token in a bfloat16 cache, all layers."""
         return 2 * self.layers * self.g * self.d * 2
 
-    @functools.cache  # noqa: B019: what is planned lives as long as the program
+    # What is planned lives as long as the program.
+    @functools.cache  # noqa: B019
     def layer_shards(self, tensor: int, expert: int) -> list[tuple[int, bool]]:
         """(elements on one rank, whether of an expert) of one layer's parameters, in the order Megatron's modules have
         them (its own layers; Transformer Engine registers a norm before its linear layer)."""
