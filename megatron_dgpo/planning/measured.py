@@ -168,9 +168,9 @@ def _run_rank(rank: int, ranks: int, folder: Path) -> None:
     """All points of `ranks` ranks in one process of each; rank 0 leaves the results in the folder."""
     import torch
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
     from megatron_dgpo.model.device import init_device
+    from megatron_dgpo.model.parallel import destroy_parallel
 
     torch.set_num_threads(1)
     init_device()
@@ -181,7 +181,7 @@ def _run_rank(rank: int, ranks: int, folder: Path) -> None:
             if point.ranks == ranks:
                 seconds = _step_seconds(point, folder / model)
                 steps.append({"model": model, **asdict(point), "measured_s": seconds})
-                parallel_state.destroy_model_parallel()
+                destroy_parallel()
     gathered: list = [None] * ranks
     dist.all_gather_object(gathered, rates)
     if rank == 0:
