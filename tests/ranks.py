@@ -50,9 +50,9 @@ def _run(function, args, rank, world_size, rendezvous):
     try:
         return function(*args)
     finally:
-        from megatron.core import parallel_state
+        from megatron_dgpo.model.parallel import destroy_parallel
 
-        parallel_state.destroy_model_parallel()
+        destroy_parallel()
         dist.destroy_process_group()
 
 
