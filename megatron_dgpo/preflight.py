@@ -18,6 +18,7 @@ from megatron_dgpo.rewards.pool import check_grader
 from megatron_dgpo.rollout import server
 from megatron_dgpo.weights.architectures import Architecture, check_layout, read_architecture
 from megatron_dgpo.weights.load import check_weights
+from megatron_dgpo.weights.resharding import VllmLayout, check_vllm_layout
 
 
 def check(
@@ -28,14 +29,9 @@ def check(
     local_size: ranks of this machine, of `world_size` in all.
     """
     architecture = _check_model(config)
-    check_layout(architecture, config.parallel, config.model.path)
-    _check_devices(local_size)
     replicas = world_size // (config.parallel.tensor * config.parallel.pipeline)
-    if config.parallel.tensor * replicas % config.parallel.expert:
-        raise UsageError(
-            f"parallel.expert={config.parallel.expert} does not divide parallel.tensor × data = "
-            f"{config.parallel.tensor * replicas}, the ranks of a pipeline stage"
-        )
+    check_layout(architecture, config.parallel.model_copy(update={"data": replicas}), config.model.path)
+    _check_devices(local_size)
     tokenizer = load_tokenizer(config.model.path)
     if command == "sft":
         _divides(config, "sft.batch_size", config.sft.batch_size // replicas, config.sft.batch_size % replicas)
@@ -96,23 +92,9 @@ def _check_rollouts(config: Config, architecture: Architecture) -> None:
             f"rollout.max_response_tokens={rollout.max_response_tokens} leaves no room for a prompt in "
             f"rollout.context_tokens={rollout.context_tokens}"
         )
-    if architecture.num_attention_heads % rollout.tensor:
-        raise UsageError(
-            f"rollout.tensor={rollout.tensor} does not divide num_attention_heads={architecture.num_attention_heads}"
-        )
-    if rollout.expert_parallel and (not architecture.num_experts or architecture.num_experts % rollout.tensor):
-        raise UsageError(
-            f"rollout.expert_parallel=true, but rollout.tensor={rollout.tensor} does not divide the "
-            f"{architecture.num_experts} experts of {config.model.path}; set it to false"
-        )
+    check_vllm_layout(architecture, VllmLayout(rollout.tensor, rollout.servers, rollout.expert_parallel))
     if rollout.expert_parallel and not torch.cuda.is_available():
         raise UsageError("rollout.expert_parallel=true: vLLM's experts on a CPU cannot do that; set it to false")
-    if architecture.num_experts and not rollout.expert_parallel:
-        if architecture.expert_ffn_hidden_size % rollout.tensor:
-            raise UsageError(
-                f"rollout.tensor={rollout.tensor} does not divide the experts' intermediate size="
-                f"{architecture.expert_ffn_hidden_size}; set rollout.expert_parallel=true"
-            )
     if rollout.replay and not rollout.replay.is_dir():
         raise UsageError(f"rollout.replay={rollout.replay} is not a folder of recorded responses")
     if rollout.sleep and torch.cuda.is_available() and server.transport(config) != "ipc":

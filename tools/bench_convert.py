@@ -1,6 +1,6 @@
 """Memory and speed of tools/convert_checkpoint.py on a generated model, by default of 9 GB on disk.
 
-    python tools/bench_convert.py /tmp/bench --layers 16
+    python tools/bench_convert.py FOLDER --layers 16
 
 Memory is RssAnon, sampled every 5 ms in the process that converts: the page cache of mapped files is not counted,
 because the kernel takes it back when it wants to. Files are flushed to disk within the time, as they are in that of

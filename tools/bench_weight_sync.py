@@ -4,7 +4,7 @@
     python tools/bench_weight_sync.py --predict                        # 7B to 235B on 8 to 256 H100s
     python tools/bench_weight_sync.py --predict --model DIR --gpu FILE   # any config.json, link speeds from a file
 
-Trainer ranks and workers are processes of this machine that hold the shards of a Qwen2.5-0.5B-like model; loading into
+Trainer ranks and workers are processes of this machine that hold random shards of Qwen2.5-0.5B's shape; loading into
 vLLM is not part of it. All ways run in turn, several rounds; each one's fastest round counts. `read in place` and
 `sent over gloo` are this package's; `gather and broadcast` is what peers do: each parameter is put together on trainer
 rank 0, which broadcasts all of it to every worker, over gloo. `copy` is each worker's copying of as many bytes as its
@@ -29,12 +29,13 @@ from rich.table import Table
 from megatron_dgpo.planning.hardware import Gpu, read_gpu
 from megatron_dgpo.planning.layout import RolloutSide, TrainerSide
 from megatron_dgpo.planning.memory import vllm_weights
+from megatron_dgpo.planning.models import ARCHITECTURES
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.planning.step_time import Cluster, broadcast_sync_time, sync_time
 from megatron_dgpo.rollout import shared_weights
 from megatron_dgpo.rollout.server import free_port
 from megatron_dgpo.rollout.shard_stream import Meeting, join_group, receive_buckets, send_buckets
-from megatron_dgpo.weights.architectures import Architecture, read_architecture
+from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.resharding import (
     TrainerLayout,
     VllmLayout,
@@ -47,24 +48,7 @@ from megatron_dgpo.weights.resharding import (
 )
 from megatron_dgpo.weights.slices import padded_vocab_size, shard_slices
 
-ARCHITECTURE = Architecture(
-    family="qwen2",
-    num_layers=24,
-    hidden_size=896,
-    ffn_hidden_size=4864,
-    num_attention_heads=14,
-    num_query_groups=2,
-    head_dim=64,
-    vocab_size=151_936,
-    tied_embeddings=True,
-    qkv_bias=True,
-    qk_norm=False,
-    norm_eps=1e-6,
-    rope_theta=1e6,
-    rope_scaling=None,
-    max_positions=32_768,
-    sliding_window=None,
-)
+ARCHITECTURE = ARCHITECTURES["Qwen2.5-0.5B"]
 PARAMETERS = vllm_parameters(ARCHITECTURE)
 DTYPE = torch.bfloat16
 WAYS = ("copy", "read in place", "sent over gloo", "gather and broadcast")

@@ -10,6 +10,7 @@ from typing import Literal
 from megatron_dgpo.config import Parallel
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.weights.architectures import Architecture, check_layout
+from megatron_dgpo.weights.resharding import VllmLayout, check_vllm_layout
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -69,11 +70,6 @@ class TrainerSide:
     def gpus(self) -> int:
         return self.tensor * self.pipeline * self.data
 
-    @property
-    def expert_data(self) -> int:
-        """Replicas of an expert: Megatron's expert tensor parallel size is 1 here."""
-        return self.tensor * self.data // self.expert
-
     def parallel(self) -> Parallel:
         """The trainer's settings."""
         return Parallel(
@@ -122,8 +118,6 @@ def refusal(
         check_layout(architecture, trainer.parallel(), name)
     except UsageError as error:
         return str(error)
-    if trainer.tensor * trainer.data % trainer.expert:
-        return f"parallel.expert={trainer.expert} does not divide tensor × data = {trainer.tensor * trainer.data}"
     if trainer.tensor > gpus_per_node:
         return f"parallel.tensor={trainer.tensor} is more than the {gpus_per_node} GPUs of a machine"
     if work.prompts % trainer.data:
@@ -144,17 +138,10 @@ def refusal(
 
 def rollout_refusal(architecture: Architecture, rollout: RolloutSide, gpus_per_node: int) -> str | None:
     """Why vLLM would not accept the server's layout; None: it does."""
-    heads, groups = architecture.num_attention_heads, architecture.num_query_groups
-    if heads % rollout.tensor:
-        return f"rollout.tensor={rollout.tensor} does not divide {heads} attention heads"
-    if groups % rollout.tensor and rollout.tensor % groups:
-        return f"rollout.tensor={rollout.tensor} and {groups} key/value heads: neither divides the other"
-    ffn = architecture.expert_ffn_hidden_size or architecture.ffn_hidden_size
-    if ffn % rollout.tensor:
-        return f"rollout.tensor={rollout.tensor} does not divide the intermediate size {ffn}"
-    # vLLM pads the vocabulary to a multiple of 64 and splits that.
-    if 64 % rollout.tensor and -(-architecture.vocab_size // 64) * 64 % rollout.tensor:
-        return f"rollout.tensor={rollout.tensor} does not divide the padded vocabulary"
+    try:
+        check_vllm_layout(architecture, VllmLayout(rollout.tensor, rollout.servers))
+    except UsageError as error:
+        return str(error)
     if rollout.tensor > gpus_per_node:
         return f"rollout.tensor={rollout.tensor} is more than the {gpus_per_node} GPUs of a machine"
     return None

@@ -16,8 +16,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_dgpo.config import Rollout
 from megatron_dgpo.planning.layout import TrainerSide, Workload
 from megatron_dgpo.planning.sizes import Sizes
+from megatron_dgpo.statistics.vocab_parallel import TILE_BYTES, TILE_ROWS
 from megatron_dgpo.weights.resharding import VllmLayout, vllm_parameters, vllm_shape
 from megatron_dgpo.weights.slices import padded_vocab_size
 
@@ -35,10 +37,8 @@ FRAGMENTATION = 0.04
 GRAPH_BYTES = 1.0 * GIB
 # vLLM's --max-num-batched-tokens on GPUs of 80 GB and more, for an API server.
 PREFILL_TOKENS = 8192
-# statistics/vocab_parallel.py: bytes and rows of a tile of logits on a GPU.
-TILE_BYTES, TILE_ROWS = 64 * 2**20, 4096
-# rollout.bucket_bytes; both sides hold two.
-BUCKET_BYTES = 256 * 2**20
+# Both sides of a weight update hold two.
+BUCKET_BYTES = Rollout.model_fields["bucket_bytes"].default
 
 
 # Static memory of the trainer
@@ -222,7 +222,7 @@ def activations(
         # Final norm, states gathered over tensor-parallel ranks and packed, their gradient.
         items["activations"] += _norm(mine * h, mine, e, kernels) + e * (n + responses) * h
         # Two tiles of logits, sums of float32 over a tile's rows, the hidden states' gradient, 8 sums a token.
-        items["loss chunk"] = 2 * TILE_BYTES + 4 * TILE_ROWS * h + responses * (e * h + 8 * 4 * (t + 1))
+        items["loss chunk"] = 2 * TILE_BYTES["cuda"] + 4 * TILE_ROWS * h + responses * (e * h + 8 * 4 * (t + 1))
         if work.reference:
             # reference.py keeps the packed final states of the whole step, the same on every tensor-parallel rank.
             items["reference's states"] = work.rows // trainer.data * work.response_tokens * h * e

@@ -19,7 +19,7 @@ from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.weights.architectures import Architecture
 
 
-def _shape(
+def shape(
     family, layers, hidden, ffn, heads, groups, vocab, head_dim=128, tied=False, positions=32768, experts=(0, 0, 0)
 ):
     """experts: (number, chosen for a token, intermediate size)."""
@@ -35,7 +35,7 @@ def _shape(
         vocab_size=vocab,
         tied_embeddings=tied,
         qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3_moe",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         norm_eps=1e-6,
         rope_theta=1e6,
         rope_scaling=None,
@@ -48,16 +48,16 @@ def _shape(
 
 
 ARCHITECTURES = {
-    "Qwen2.5-0.5B": _shape("qwen2", 24, 896, 4864, 14, 2, 151936, head_dim=64, tied=True),
-    "Qwen2.5-1.5B": _shape("qwen2", 28, 1536, 8960, 12, 2, 151936, tied=True),
-    "Qwen2.5-7B": _shape("qwen2", 28, 3584, 18944, 28, 4, 152064),
-    "Qwen2.5-14B": _shape("qwen2", 48, 5120, 13824, 40, 8, 152064),
-    "Qwen3-30B-A3B": _shape("qwen3_moe", 48, 2048, 6144, 32, 4, 151936, positions=40960, experts=(128, 8, 768)),
-    "Qwen2.5-32B": _shape("qwen2", 64, 5120, 27648, 40, 8, 152064),
-    "Qwen2.5-72B": _shape("qwen2", 80, 8192, 29568, 64, 8, 152064),
-    "Qwen3-235B-A22B": _shape("qwen3_moe", 94, 4096, 12288, 64, 4, 151936, positions=40960, experts=(128, 8, 1536)),
-    "Llama-3.1-405B": _shape("llama", 126, 16384, 53248, 128, 8, 128256, positions=131072),
-    "671B-mixture": _shape("mixtral", 56, 7168, 18432, 128, 2, 129280, positions=163840, experts=(256, 9, 2048)),
+    "Qwen2.5-0.5B": shape("qwen2", 24, 896, 4864, 14, 2, 151936, head_dim=64, tied=True),
+    "Qwen2.5-1.5B": shape("qwen2", 28, 1536, 8960, 12, 2, 151936, tied=True),
+    "Qwen2.5-7B": shape("qwen2", 28, 3584, 18944, 28, 4, 152064),
+    "Qwen2.5-14B": shape("qwen2", 48, 5120, 13824, 40, 8, 152064),
+    "Qwen3-30B-A3B": shape("qwen3_moe", 48, 2048, 6144, 32, 4, 151936, positions=40960, experts=(128, 8, 768)),
+    "Qwen2.5-32B": shape("qwen2", 64, 5120, 27648, 40, 8, 152064),
+    "Qwen2.5-72B": shape("qwen2", 80, 8192, 29568, 64, 8, 152064),
+    "Qwen3-235B-A22B": shape("qwen3_moe", 94, 4096, 12288, 64, 4, 151936, positions=40960, experts=(128, 8, 1536)),
+    "Llama-3.1-405B": shape("llama", 126, 16384, 53248, 128, 8, 128256, positions=131072),
+    "671B-mixture": shape("mixtral", 56, 7168, 18432, 128, 2, 129280, positions=163840, experts=(256, 9, 2048)),
 }
 
 

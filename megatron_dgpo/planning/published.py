@@ -18,10 +18,10 @@ from rich.table import Table
 from megatron_dgpo.planning import step_time
 from megatron_dgpo.planning.hardware import GPUS
 from megatron_dgpo.planning.layout import RolloutSide, TrainerSide, Workload
+from megatron_dgpo.planning.models import shape, sizes_of
 from megatron_dgpo.planning.plan import Planner
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.planning.step_time import Cluster
-from megatron_dgpo.weights.architectures import Architecture
 
 # policy.generation.vllm_cfg.gpu_memory_utilization of NeMo-RL's recipes; training's memory is moved away meanwhile.
 _NEMO_FRACTION = 0.6
@@ -41,40 +41,13 @@ class Published:
         return self.predict() / self.seconds - 1
 
 
-def _model(layers, hidden, ffn, heads, groups, vocab, head_dim=128, qk_norm=False, experts=(0, 0, 0)) -> Sizes:
-    number, top_k, expert_ffn = experts
-    return Sizes(
-        Architecture(
-            family="published",
-            num_layers=layers,
-            hidden_size=hidden,
-            ffn_hidden_size=ffn,
-            num_attention_heads=heads,
-            num_query_groups=groups,
-            head_dim=head_dim,
-            vocab_size=vocab,
-            tied_embeddings=False,
-            qkv_bias=False,
-            qk_norm=qk_norm,
-            norm_eps=1e-6,
-            rope_theta=1e6,
-            rope_scaling=None,
-            max_positions=40960,
-            sliding_window=None,
-            num_experts=number,
-            experts_per_token=top_k,
-            expert_ffn_hidden_size=expert_ffn,
-        )
-    )
-
-
 def _training(name, layers, hidden, heads, pipeline, chunks, batch, micro_batch, full, selective) -> list[Published]:
     """[K] at TP 8 and DP 1: everything recomputed without, and attention with sequence parallelism."""
     found = []
     for recompute, sequence, seconds in (("full", False, full), ("selective", True, selective)):
 
         def predict(recompute=recompute, sequence=sequence) -> float:
-            sizes = _model(layers, hidden, hidden * 8 // 3, heads, heads, 51200, hidden // heads)
+            sizes = Sizes(shape("llama", layers, hidden, hidden * 8 // 3, heads, heads, 51200, hidden // heads))
             work = Workload(batch, 1, 1, 2047, 1, 2047, reference=False)
             side = TrainerSide(
                 8,
@@ -94,7 +67,7 @@ def _training(name, layers, hidden, heads, pipeline, chunks, batch, micro_batch,
 
 def _gpt_oss() -> float:
     """Windows of attention in every other layer are left out: 4,096 tokens make little of them."""
-    sizes = _model(36, 2880, 2880, 64, 8, 201088, 64, experts=(128, 4, 2880))
+    sizes = Sizes(shape("mixtral", 36, 2880, 2880, 64, 8, 201088, 64, experts=(128, 4, 2880)))
     side = TrainerSide(1, 4, 16, expert=8, distributed_optimizer=True, reference="none")
     work = Workload(1280, 1, 1, 4095, 1, 4095, reference=False)
     return step_time.update_time(sizes, work, side, Cluster(GPUS["h100"], 8)).total
@@ -120,7 +93,7 @@ PUBLISHED = [
     Published("Megatron-Bridge GPT-OSS 120B, 64 H100", 1280 * 4096 / 64 / 5810, _gpt_oss),
     _nemo(
         "Llama-3.1-8B",
-        lambda: _model(32, 4096, 14336, 32, 8, 128256),
+        lambda: Sizes(shape("llama", 32, 4096, 14336, 32, 8, 128256)),
         16,
         1019,
         TrainerSide(1, 2, 8, distributed_optimizer=True, recompute="full", micro_batch=4),
@@ -129,7 +102,7 @@ PUBLISHED = [
     ),
     _nemo(
         "Qwen3-32B",
-        lambda: _model(64, 5120, 25600, 64, 8, 151936, qk_norm=True),
+        lambda: Sizes(shape("qwen3", 64, 5120, 25600, 64, 8, 151936)),
         32,
         3251,
         TrainerSide(4, 4, 2, sequence=True, distributed_optimizer=True),
@@ -140,7 +113,7 @@ PUBLISHED = [
     ),
     _nemo(
         "Qwen3-30B-A3B",
-        lambda: _model(48, 2048, 6144, 32, 4, 151936, qk_norm=True, experts=(128, 8, 768)),
+        lambda: sizes_of("Qwen3-30B-A3B"),
         32,
         3196,
         TrainerSide(1, 1, 32, expert=8, distributed_optimizer=True),

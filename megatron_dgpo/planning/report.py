@@ -133,10 +133,10 @@ def write_settings(folder: Path, plan: Plan, work: Workload, cluster: Cluster, c
 
 def _job(plan: Plan, settings: dict, overrides: list[str], cluster: Cluster, file: Path) -> str:
     trainer, rollout = (max(1, side.gpus // cluster.gpus_per_node) for side in (plan.trainer, plan.rollout))
-    one_machine = plan.gpus <= cluster.gpus_per_node
-    size = sbatch.Size(
-        trainer, 0 if one_machine or plan.rollout.shared else rollout, min(plan.gpus, cluster.gpus_per_node)
-    )
+    if plan.gpus <= cluster.gpus_per_node:
+        # The trainer's own.
+        rollout = 0
+    size = sbatch.Size(trainer, rollout, min(plan.gpus, cluster.gpus_per_node))
     # Paths are the config's own; the sizes alone are looked at.
     paths = {"model": settings["model"] | {"path": "model"}, "data": {"train": "data"}}
     return sbatch.write(Config.model_validate(settings | paths), file, overrides, size, None, [])

@@ -12,15 +12,43 @@ BACKEND = "megatron_dgpo"
 
 
 def register() -> None:
-    """Make our weight transfer known to vLLM, and its CPU workers' shared memory vanish with them."""
+    """Make our weight transfer known to vLLM, and its CPU workers' shared memory vanish with them.
+
+    Nothing else is needed for a server to receive weights, but the backend's name and vLLM's dev mode, which opens the
+    endpoints for it.
+    """
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if BACKEND in WeightTransferEngineFactory._registry:
         return
     WeightTransferEngineFactory.register_engine(BACKEND, "megatron_dgpo.rollout.transport", "ShardEngine")
+    _extend_workers()
     _unlink_joined_shared_memory()
     # vLLM starts processes, which may unblock them.
     stop.keep_blocked()
+
+
+class WorkerMethods:
+    """What the trainer may call on a worker through /collective_rpc."""
+
+    def received_checksums(self) -> dict[str, int]:
+        return getattr(self.weight_transfer_engine, "checksums", {})
+
+    def update_failure(self) -> str:
+        """Why the last update broke off, or nothing."""
+        return getattr(self.weight_transfer_engine, "failure", "")
+
+    def abandon_update(self) -> None:
+        """Before another update: to vLLM one that broke off is still under way."""
+        self._weight_update_active = False
+
+
+def _extend_workers() -> None:
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    for name, method in vars(WorkerMethods).items():
+        if not name.startswith("_"):
+            setattr(WorkerBase, name, method)
 
 
 def _unlink_joined_shared_memory() -> None:

@@ -96,7 +96,6 @@ def command(config: Config, port: int, host: str = "127.0.0.1") -> list[str]:
         # Sampling settings that a model directory brings along would change that distribution.
         *("--generation-config", "vllm"),
         *("--weight-transfer-config", json.dumps({"backend": "ipc" if transport(config) == "ipc" else BACKEND})),
-        *("--worker-extension-cls", "megatron_dgpo.rollout.transport.WorkerExtension"),
         *("--middleware", "megatron_dgpo.rollout.guard.SecretMiddleware"),
         # /inference/v1/generate: token ids in, token ids out.
         "--enable-scale-out",

@@ -175,18 +175,3 @@ class ShardEngine(WeightTransferEngine):
 
     def shutdown(self) -> None:
         self._group, self._memory = None, {}
-
-
-class WorkerExtension:
-    """Methods that the trainer may call on a worker through /collective_rpc."""
-
-    def received_checksums(self) -> dict[str, int]:
-        return getattr(self.weight_transfer_engine, "checksums", {})
-
-    def update_failure(self) -> str:
-        """Why the last update broke off, or nothing."""
-        return getattr(self.weight_transfer_engine, "failure", "")
-
-    def abandon_update(self) -> None:
-        """Before another update: to vLLM one that broke off is still under way."""
-        self._weight_update_active = False

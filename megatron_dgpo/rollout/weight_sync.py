@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_dgpo.config import Rollout
 from megatron_dgpo.rollout import shared_weights
 from megatron_dgpo.rollout.client import Engines
-from megatron_dgpo.rollout.shard_stream import join_group, open_meeting, send_buckets
+from megatron_dgpo.rollout.shard_stream import Meeting, join_group, open_meeting, send_buckets
 from megatron_dgpo.weights.architectures import Architecture
 from megatron_dgpo.weights.resharding import (
     Move,
@@ -81,13 +81,18 @@ class ShardSync:
                 pass
         else:
             self._addresses = {}
-            store, meeting = None, None
-            if engines:
+            stores = []
+
+            def meet() -> Meeting:
                 meeting, store = open_meeting(_own_address(engines.addresses), rollout.transfer_timeout_s)
-            meeting = from_rank_0(lambda: meeting)
+                # It stays with rank 0, which keeps it.
+                stores.append(store)
+                return meeting
+
+            meeting = from_rank_0(meet)
             info["meeting"] = dataclasses.asdict(meeting)
             with self._request(lambda: self._initialize(info)):
-                self._group = join_group(meeting, rank, trainer.world_size + vllm.num_workers, store)
+                self._group = join_group(meeting, rank, trainer.world_size + vllm.num_workers, *stores)
 
     def _initialize(self, info: dict) -> None:
         self._engines.init_weight_transfer_engine([info | {"server": i} for i in range(info["servers"])])

@@ -19,10 +19,10 @@ from megatron_dgpo.statistics import chunked
 from megatron_dgpo.statistics.sums import empty_sums, finish, merge, num_sums
 
 _TILE_COLUMNS = 4096
-_TILE_ROWS = 4096
+TILE_ROWS = 4096
 # On CPU a tile and its temporaries stay in the cache. On a GPU it should be large: every tile adds to float32
 # sums of H × (rows + columns), which at 4096 × 4096 cost about a tenth of the products.
-_TILE_BYTES = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
+TILE_BYTES = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
 
 
 class TokenStatistics(NamedTuple):
@@ -90,7 +90,7 @@ def token_statistics(
         vocab_size,
         tp_group,
         tier,
-        tile_bytes or _TILE_BYTES[hidden_states.device.type],
+        tile_bytes or TILE_BYTES[hidden_states.device.type],
     )
     return TokenStatistics(*values)
 
@@ -208,7 +208,7 @@ def _first_row(weight: torch.Tensor, group: dist.ProcessGroup | None) -> int:
 
 def _tile_shape(ctx) -> tuple[int, int]:
     columns = max(1, min(ctx.columns, _TILE_COLUMNS, ctx.tile_bytes // 4))
-    return max(1, min(_TILE_ROWS, ctx.tile_bytes // (4 * columns))), columns
+    return max(1, min(TILE_ROWS, ctx.tile_bytes // (4 * columns))), columns
 
 
 def _new_tiles(ctx, count: int, device: torch.device) -> list[torch.Tensor | None]:

@@ -296,6 +296,12 @@ def check_layout(architecture: Architecture, parallel: Parallel, model_dir: Path
     divide("parallel.tensor", parallel.tensor, heads)
     if architecture.num_experts:
         divide("parallel.expert", parallel.expert, {"number of experts": architecture.num_experts})
+        ranks = parallel.tensor * (parallel.data or 1)
+        if ranks % parallel.expert:
+            raise UsageError(
+                f"parallel.expert={parallel.expert} does not divide parallel.tensor × data = {ranks}, the ranks of a "
+                "pipeline stage"
+            )
         if parallel.tensor > 1 and not parallel.sequence:
             raise UsageError("a mixture of experts with parallel.tensor above 1 needs parallel.sequence=true; set it")
     elif parallel.expert > 1:

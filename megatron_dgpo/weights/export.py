@@ -46,9 +46,7 @@ class FullTensors:
         """vLLM's ParamMeta of every tensor, in the order of iteration."""
         from vllm.distributed.weight_transfer.base import ParamMeta
 
-        shapes = self._architecture.hf_shapes
-        names = [name for _, *sources in self._architecture.parameters.values() for name in sources]
-        return [ParamMeta(name, self._dtype, shapes[name]) for name in names]
+        return [ParamMeta(name, self._dtype, shape) for name, shape in self._architecture.hf_shapes.items()]
 
     def held_names(self) -> None:
         """All of them, on every rank."""

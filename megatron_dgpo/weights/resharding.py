@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from megatron_dgpo.errors import UsageError
 from megatron_dgpo.weights.architectures import Architecture, expert_of
 from megatron_dgpo.weights.slices import Slice, shard_slices
 
@@ -78,6 +79,28 @@ class VllmLayout:
     @property
     def num_workers(self) -> int:
         return self.tensor * self.servers
+
+
+def check_vllm_layout(architecture: Architecture, layout: VllmLayout) -> None:
+    """Raise UsageError when vLLM would not cut the model in this way."""
+    size, heads, groups = layout.tensor, architecture.num_attention_heads, architecture.num_query_groups
+    if heads % size:
+        raise UsageError(f"rollout.tensor={size} does not divide num_attention_heads={heads}")
+    if groups % size and size % groups:
+        raise UsageError(f"rollout.tensor={size} and num_key_value_heads={groups}: neither divides the other")
+    if layout.expert_parallel:
+        if not architecture.num_experts or architecture.num_experts % size:
+            raise UsageError(
+                f"rollout.expert_parallel=true, but rollout.tensor={size} does not divide {architecture.num_experts} "
+                "experts; set it to false"
+            )
+    else:
+        ffn = architecture.expert_ffn_hidden_size or architecture.ffn_hidden_size
+        if ffn % size:
+            hint = "; set rollout.expert_parallel=true" if architecture.num_experts else ""
+            raise UsageError(f"rollout.tensor={size} does not divide the intermediate size {ffn}{hint}")
+    if _padded_vocab(architecture) % size:
+        raise UsageError(f"rollout.tensor={size} does not divide the padded vocabulary {_padded_vocab(architecture)}")
 
 
 @dataclass(frozen=True)
@@ -212,7 +235,11 @@ def _vllm_slices(architecture: Architecture, split: str, sources: list[str], tp_
 
 
 def _vllm_vocab_rows(architecture: Architecture, tp_size: int) -> int:
-    return -(-architecture.vocab_size // _VLLM_VOCAB_MULTIPLE) * _VLLM_VOCAB_MULTIPLE // tp_size
+    return _padded_vocab(architecture) // tp_size
+
+
+def _padded_vocab(architecture: Architecture) -> int:
+    return -(-architecture.vocab_size // _VLLM_VOCAB_MULTIPLE) * _VLLM_VOCAB_MULTIPLE
 
 
 def plan_moves(architecture: Architecture, trainer: TrainerLayout, vllm: VllmLayout) -> list[Move]:

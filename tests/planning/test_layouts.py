@@ -135,10 +135,11 @@ def test_vllm_refuses_what_the_planner_refuses():
     """vLLM's own functions on the sizes of its layers: heads, key/value heads, intermediate size, vocabulary."""
     from dataclasses import replace
 
+    from vllm.distributed.utils import divide
+    from vllm.model_executor.layers.vocab_parallel_embedding import pad_vocab_size as padded
+
     from megatron_dgpo.weights.architectures import Architecture
 
-    divide = pytest.importorskip("vllm.distributed.utils").divide
-    padded = pytest.importorskip("vllm.model_executor.layers.vocab_parallel_embedding").pad_vocab_size
     base = Architecture("qwen3", 4, 64, 96, 4, 2, 32, 131, False, False, True, 1e-6, 1e4, None, 256, None)
     compared = set()
     for heads, groups, ffn, tensor in itertools.product((4, 12, 40), (1, 2, 4), (96, 100), (1, 2, 3, 4, 5, 8)):
