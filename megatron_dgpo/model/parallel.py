@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
@@ -40,19 +38,6 @@ def initialize_parallel(parallel: Parallel, seed: int) -> None:
         expert_tensor_parallel_size=1,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-
-
-def destroy_parallel() -> None:
-    """Undo `initialize_parallel`, for processes that go on with another layout; models of this one must be gone.
-
-    Megatron itself only forgets its groups, and each group of gloo's keeps threads that take turns on the cores.
-    """
-    parallel_state.destroy_model_parallel()
-    # What a model referred to is not free as long as cycles hold it.
-    gc.collect()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
 
 
 def trainer_layout(parallel: Parallel) -> TrainerLayout:

@@ -10,6 +10,7 @@ overhead is a large part of them on such small models. Both are scaled to 1 at o
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import tempfile
 import time
@@ -75,8 +76,6 @@ POINTS = [
 def measure(rounds: int, report: Callable[[str], None] = print) -> dict:
     """Times and rates of this machine, as JSON has them: the best of `rounds` times over everything, so that other work
     on the machine spoils as little as possible. Starts and ends its own processes."""
-    import torch.multiprocessing
-
     found: dict = {"cores": len(os.sched_getaffinity(0)), "rounds": rounds, "machines": {}, "steps": []}
     loads = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as name:
@@ -86,24 +85,28 @@ def measure(rounds: int, report: Callable[[str], None] = print) -> dict:
         for number in range(rounds):
             for ranks in sorted({point.ranks for point in POINTS}):
                 report(f"round {number + 1}: {ranks} rank{'s' if ranks > 1 else ''}, load {loads[-1]:.0f}")
-                (folder / "group").unlink(missing_ok=True)
-                torch.multiprocessing.spawn(_run_rank, (ranks, folder), ranks)
-                _keep_best(found, ranks, json.loads((folder / "result.json").read_text()))
+                _keep_rates(found, ranks, _on_ranks(ranks, folder, _rates))
+                for model in MODELS:
+                    for point in (point for point in POINTS if point.ranks == ranks):
+                        seconds = _on_ranks(ranks, folder, _step_seconds, point, folder / model)
+                        _keep_step(found, {"model": model, **asdict(point), "measured_s": seconds})
                 loads.append(os.getloadavg()[0])
     found |= {"least_load": min(loads), "most_load": max(loads)}
     predict(found)
     return found
 
 
-def _keep_best(found: dict, ranks: int, result: dict) -> None:
-    rates = found["machines"].setdefault(str(ranks), result["rates"])
-    found["machines"][str(ranks)] = {name: max(rate, result["rates"][name]) for name, rate in rates.items()}
-    for step in result["steps"]:
-        same = [old for old in found["steps"] if all(old[name] == step[name] for name in ("model", "curve", "ranks"))]
-        if same:
-            same[0]["measured_s"] = min(same[0]["measured_s"], step["measured_s"])
-        else:
-            found["steps"].append(step)
+def _keep_rates(found: dict, ranks: int, rates: dict[str, float]) -> None:
+    best = found["machines"].setdefault(str(ranks), rates)
+    found["machines"][str(ranks)] = {name: max(rate, rates[name]) for name, rate in best.items()}
+
+
+def _keep_step(found: dict, step: dict) -> None:
+    same = [old for old in found["steps"] if all(old[name] == step[name] for name in ("model", "curve", "ranks"))]
+    if same:
+        same[0]["measured_s"] = min(same[0]["measured_s"], step["measured_s"])
+    else:
+        found["steps"].append(step)
 
 
 def curves(measured: dict, model: str) -> dict[str, list[dict]]:
@@ -164,30 +167,33 @@ def _save_model(folder: Path, shape: dict) -> None:
     Qwen2ForCausalLM(Qwen2Config(**shape)).save_pretrained(folder)
 
 
-def _run_rank(rank: int, ranks: int, folder: Path) -> None:
-    """All points of `ranks` ranks in one process of each; rank 0 leaves the results in the folder."""
+def _on_ranks(ranks: int, folder: Path, function: Callable, *arguments):
+    """`function(*arguments)` on that many ranks; rank 0's answer.
+
+    In fresh processes: Megatron forgets a layout's groups, but nobody can end all threads that gloo keeps for them.
+    """
+    import torch.multiprocessing
+
+    # They come from a server that has done the imports.
+    multiprocessing.set_forkserver_preload(["megatron_dgpo.trainer"])
+    (folder / "group").unlink(missing_ok=True)
+    task = ranks, folder, function, *arguments
+    torch.multiprocessing.start_processes(_run_rank, task, ranks, start_method="forkserver")
+    return json.loads((folder / "answer.json").read_text())
+
+
+def _run_rank(rank: int, ranks: int, folder: Path, function: Callable, *arguments) -> None:
     import torch
     import torch.distributed as dist
 
     from megatron_dgpo.model.device import init_device
-    from megatron_dgpo.model.parallel import destroy_parallel
 
     torch.set_num_threads(1)
     init_device()
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=ranks)
-    rates, steps = _rates(), []
-    for model in MODELS:
-        for point in POINTS:
-            if point.ranks == ranks:
-                seconds = _step_seconds(point, folder / model)
-                steps.append({"model": model, **asdict(point), "measured_s": seconds})
-                destroy_parallel()
-    gathered: list = [None] * ranks
-    dist.all_gather_object(gathered, rates)
+    answer = function(*arguments)
     if rank == 0:
-        mean = {name: sum(r[name] for r in gathered) / ranks for name in rates}
-        (folder / "result.json").write_text(json.dumps({"rates": mean, "steps": steps}))
-    dist.destroy_process_group()
+        (folder / "answer.json").write_text(json.dumps(answer))
 
 
 def _step_seconds(point: Point, model: Path) -> float:
@@ -238,20 +244,25 @@ def _step_seconds(point: Point, model: Path) -> float:
 
 
 def _rates() -> dict[str, float]:
-    """This rank's operations/s of matrix products, bytes/s of copies (read and written), and bytes/s in a ring of
-    all-reduces of activations and of gradients, while all ranks do the same. Sizes are the 26M model's."""
+    """A rank's operations/s of matrix products, bytes/s of copies (read and written), and bytes/s in a ring of
+    all-reduces of activations and of gradients, while all ranks do the same; means over the ranks. Sizes are the 26M
+    model's. Collective."""
     import torch
+    import torch.distributed as dist
 
     tokens, shape = PROMPT_TOKENS + RESPONSE_TOKENS, MODELS["26M"]
     hidden, ffn = shape["hidden_size"], shape["intermediate_size"]
     left, right = torch.randn(tokens, hidden), torch.randn(hidden, ffn)
     large, copy = torch.randn(8 * 2**20), torch.empty(8 * 2**20)
-    return {
+    rates = {
         "flops": _rate(lambda: left @ right) * 2 * tokens * hidden * ffn,
         "copy": _rate(lambda: copy.copy_(large)) * 2 * large.nbytes,
         "activations": _ring_rate(torch.zeros(tokens, hidden), 50),
         "gradients": _ring_rate(large.zero_(), 3),
     }
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, rates)
+    return {name: sum(rank[name] for rank in gathered) / len(gathered) for name in rates}
 
 
 def _ring_rate(message, calls: int) -> float:

@@ -44,18 +44,8 @@ def world_size(parallel: dict) -> int:
     return parallel.get("tensor", 1) * parallel.get("pipeline", 1) * parallel.get("data", 1)
 
 
-def allocated(model_dir, layouts):
-    """For each layout: this rank's stage and the bytes of its weights, gradients and optimizer after one step."""
-    from megatron_dgpo.model.parallel import destroy_parallel
-
-    found = []
-    for _, parallel, dtype in layouts:
-        found.append(_allocated(model_dir, parallel, dtype))
-        destroy_parallel()
-    return found
-
-
-def _allocated(model_dir, parallel, dtype):
+def allocated(model_dir, parallel, dtype):
+    """This rank's stage and the bytes of its weights, gradients and optimizer after one step."""
     import torch
     from megatron.core import parallel_state
 
@@ -101,7 +91,7 @@ def _optimizer_bytes(optimizer) -> int:
 
 
 def cases() -> list[tuple[str, int]]:
-    """(family, ranks): each runs its layouts one after the other in one set of processes."""
+    """(family, ranks)"""
     return sorted({(family, world_size(parallel)) for family, parallel, _ in settings()})
 
 
@@ -109,9 +99,9 @@ def cases() -> list[tuple[str, int]]:
 def test_bytes_equal_megatrons(family, world, tmp_path):
     model_dir = make_tiny_model(tmp_path / family, family, tie_word_embeddings=FAMILIES[family])
     layouts = [item for item in settings() if (item[0], world_size(item[1])) == (family, world)]
-    ranks = run_ranks(allocated, world, model_dir, layouts)
     sizes = Sizes(read_architecture(model_dir))
-    for number, (_, parallel, dtype) in enumerate(layouts):
+    for _, parallel, dtype in layouts:
+        ranks = run_ranks(allocated, world, model_dir, parallel, dtype)
         side = TrainerSide(
             parallel.get("tensor", 1),
             parallel.get("pipeline", 1),
@@ -120,7 +110,7 @@ def test_bytes_equal_megatrons(family, world, tmp_path):
             parallel.get("expert", 1),
         )
         for stage in range(side.pipeline):
-            found = [rank[number][1:] for rank in ranks if rank[number][0] == stage]
+            found = [rank[1:] for rank in ranks if rank[0] == stage]
             expected = static_memory(
                 sizes,
                 stage,

@@ -1,0 +1,112 @@
+"""What a test must not leave behind: processes, threads of process groups, shared memory, temporary files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
+
+import psutil
+
+from megatron_dgpo import process
+
+_MARK = "MEGATRON_DGPO_TESTS"
+_SHARED_MEMORY = Path("/dev/shm")
+# Processes that were asked to end may take as long on a busy machine.
+_PATIENCE_S = 20
+# One for all tests: pytest's folders, of which it keeps few, multiprocessing's, and a cache.
+_KEPT = ("pytest-of-", "pymp-", "torchinductor_")
+
+
+def own_temporary_folder() -> Path:
+    """From now on temporary files of this process and its children go there; children can be told from others'."""
+    os.environ[_MARK] = str(os.getpid())
+    tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="dgpo-")
+    return Path(tempfile.tempdir)
+
+
+@contextlib.contextmanager
+def nothing_left(processes: bool = True) -> Iterator[None]:
+    """Fail unless what the body started or wrote is gone, after a moment; processes are ended then."""
+    before = _present(processes)
+    yield
+    deadline = time.monotonic() + _PATIENCE_S
+    while (left := _left(before, processes)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if left:
+        for found in left.values():
+            if isinstance(found, psutil.Process):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    found.kill()
+        raise AssertionError("the test left behind: " + "; ".join(sorted(map(_described, left.items()))))
+
+
+def _present(processes: bool) -> dict[object, object]:
+    """By what tells each apart."""
+    found: dict[object, object] = {}
+    if processes:
+        found |= {("process", child.pid, child.create_time()): child for child in _children()}
+    found |= {("thread", thread.ident): thread for thread in threading.enumerate() if not thread.daemon}
+    found |= {("gloo thread", task): task for task in _gloo_threads()}
+    found |= {("file", path): path for path in _SHARED_MEMORY.iterdir()}
+    files = Path(tempfile.gettempdir()).iterdir()
+    return found | {("file", path): path for path in files if not path.name.startswith(_KEPT)}
+
+
+def _left(before: dict, processes: bool) -> dict:
+    after = {key: found for key, found in _present(processes).items() if key not in before}
+    # Another worker of the same test session shares only /dev/shm; what it has open is its own.
+    return {key: found for key, found in after.items() if not (isinstance(found, Path) and _is_others(found))}
+
+
+def _children() -> Iterator[psutil.Process]:
+    """Of this process, orphans too, without those that all tests share."""
+    shared = {forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid}
+    if process._guardian.cache_info().currsize:
+        shared.add(process._guardian().pid)
+    own = psutil.Process()
+    for child in [*own.children(recursive=True), *_orphans()]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.pid not in shared and child.status() != psutil.STATUS_ZOMBIE:
+                yield child
+
+
+def _orphans() -> Iterator[psutil.Process]:
+    for candidate in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if candidate.ppid() == 1 and candidate.environ().get(_MARK) == os.environ[_MARK]:
+                yield candidate
+
+
+def _gloo_threads() -> list[str]:
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            if "gloo" in (task / "comm").read_text():
+                found.append(task.name)
+    return found
+
+
+def _is_others(path: Path) -> bool:
+    if path.parent != _SHARED_MEMORY:
+        return False
+    own = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+    for candidate in psutil.process_iter():
+        if candidate.pid not in own:
+            with contextlib.suppress(OSError):
+                if str(path) in Path(f"/proc/{candidate.pid}/maps").read_text():
+                    return True
+    return False
+
+
+def _described(item: tuple[tuple, object]) -> str:
+    (kind, *_), found = item
+    if isinstance(found, psutil.Process):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return f"process {found.pid} ({' '.join(found.cmdline())[:200]})"
+    return f"{kind} {found}"
