@@ -1,7 +1,7 @@
 """Real torch.distributed ranks over gloo for tests, a fresh process for each rank and call.
 
-`run_ranks(function, world_size, *args)` calls `function(*args)` on every rank of a gloo world and returns the results by
-rank. `function` must be importable (a module-level function of a test file or the package). A failure on any rank is
+`run_ranks(function, world_size, *args)` calls `function(*args)` on every rank of a gloo world and returns the results
+by rank. `function` must be importable (a module-level function of a test file or the package). A failure on any rank is
 raised here with that rank's own traceback; a call that outlasts its limit is ended. Nothing of a call is left when it
 returns: processes that were kept for the next one collected the threads of gloo groups that nobody could destroy.
 """
