@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,15 +17,17 @@ _LAST_LINES = 25
 _POLL_S = 0.05
 _SUPERVISE_S = 0.2
 
-# Reads the children's process groups until its parent is gone, then ends what is left of them: first by asking, so that
-# their resource trackers unlink shared memory. (By SIGINT: they may have SIGTERM blocked, see stop.py.) Groups, because
-# a dead rank's own children (Megatron's checkpoint writers, vLLM's workers) would stay otherwise.
+# Reads the children's process groups, and their temporary folder, until its parent is gone, then ends what is left of
+# them: first by asking, so that their resource trackers unlink shared memory. (By SIGINT: they may have SIGTERM
+# blocked, see stop.py.) Groups, because a dead rank's own children (Megatron's checkpoint writers, vLLM's workers)
+# would stay otherwise.
 _GUARDIAN = """
 trap '' INT TERM HUP USR1
-while read -r group; do groups="$groups $group"; done
+while read -r line; do case "$line" in /*) folder="$line";; *) groups="$groups $line";; esac; done
 end() { kill "-$1" "-$group" 2>/dev/null && left="$left $group"; }
 for group in $groups; do end INT; done
 if [ "$left" ]; then sleep 5; for group in $left; do end KILL; done; fi
+[ -z "$folder" ] || rm -rf -- "$folder"
 """
 
 # The last line of a Python traceback, wherever a logger put it.
@@ -55,23 +58,37 @@ def _guardian() -> subprocess.Popen:
     return subprocess.Popen(["sh", "-c", _GUARDIAN], stdin=subprocess.PIPE, start_new_session=True)
 
 
+@functools.cache
+def _temporary_folder() -> tempfile.TemporaryDirectory:
+    """For all children: vLLM leaves sockets and files in theirs, Megatron's checkpoint writers folders."""
+    # Short, as a socket's path has at most 107 characters.
+    folder = tempfile.TemporaryDirectory(prefix="dgpo-", ignore_cleanup_errors=True)
+    _tell_guardian(folder.name)
+    return folder
+
+
+def _tell_guardian(line: str) -> None:
+    _guardian().stdin.write(f"{line}\n".encode())
+    _guardian().stdin.flush()
+
+
 def start(name: str, command: list[str], env: dict[str, str], log: Path, show_output: bool = False) -> Child:
     """Start a child whose output goes to `log`; with `show_output` only its errors do.
 
-    However this process ends, by `kill -9` too, the child and its own children are gone within seconds.
+    However this process ends, by `kill -9` too, the child and its own children are gone within seconds, and so is the
+    folder of their temporary files.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,
-            env=env,
+            env=env | {"TMPDIR": _temporary_folder().name},
             stdin=subprocess.DEVNULL,
             stdout=None if show_output else file,
             stderr=file,
             start_new_session=True,
         )
-    _guardian().stdin.write(f"{process.pid}\n".encode())
-    _guardian().stdin.flush()
+    _tell_guardian(str(process.pid))
     return Child(name, process, log)
 
 

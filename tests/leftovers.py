@@ -27,6 +27,8 @@ def own_temporary_folder() -> Path:
     """From now on temporary files of this process and its children go there; children can be told from others'."""
     os.environ[_MARK] = str(os.getpid())
     tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="dgpo-")
+    # Of the servers that tests start; the commands that they run have their own.
+    process._temporary_folder()
     return Path(tempfile.tempdir)
 
 
