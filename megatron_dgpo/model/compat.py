@@ -17,12 +17,13 @@ from megatron_dgpo.config import Model
 from megatron_dgpo.errors import UsageError
 
 _OLDEST_TORCH_ON_GPU = (2, 10)
-# Exit status 0: usable. Megatron-Core swallows an ImportError and goes on with stand-ins that fail when they are built.
+# Exit status 0: usable. Megatron-Core swallows a ModuleNotFoundError and goes on with stand-ins that fail when they are
+# built; with any other error its own import ends, whichever layers are asked for.
 _PROBE = """
 from megatron.core.extensions.transformer_engine import HAVE_TE
 if {needed} and not HAVE_TE:
     import transformer_engine.pytorch.fp8
-    raise ImportError("it can be imported, but Megatron-Core does not accept it")
+    raise ModuleNotFoundError("it can be imported, but not by this version of Megatron-Core")
 """
 
 
@@ -66,12 +67,10 @@ def check_packages(model: Model) -> None:
     probe = subprocess.run([sys.executable, "-c", _PROBE.format(needed=needed)], capture_output=True, text=True)
     if probe.returncode:
         reason = (probe.stderr.strip() or f"exit status {probe.returncode}").splitlines()[-1]
-        # What is not an ImportError, Megatron-Core passes on, whichever layers are used.
-        swallowed = reason.startswith(("ImportError", "ModuleNotFoundError"))
-        way_out = "or use model.layer_spec=portable" if swallowed else "or uninstall it"
+        way_out = "use model.layer_spec=portable" if reason.startswith("ModuleNotFoundError") else "uninstall it"
         raise UsageError(
             f"Transformer Engine is installed, but does not work with PyTorch {torch.__version__} ({reason}): build it "
-            f"again as requirements/transformer-engine.txt says, {way_out}"
+            f"again as requirements/transformer-engine.txt says, or {way_out}"
         )
 
 

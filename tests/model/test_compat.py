@@ -7,7 +7,8 @@ import torch
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 
-from megatron_dgpo.config import Model
+from megatron_dgpo import preflight
+from megatron_dgpo.config import Model, Parallel
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.model.compat import check_packages, moe_submodules
 
@@ -24,22 +25,18 @@ def install_transformer_engine(folder, monkeypatch, code):
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
 
 
-BROKEN = "raise ImportError('undefined symbol: _ZN3c10')"
+WITHOUT_TORCH = "raise ModuleNotFoundError('No module named transformer_engine_torch')"
 
 
 @pytest.mark.parametrize(
     "code, layer_spec, expected",
     [
-        (
-            BROKEN,
-            "te",
-            r"does not work with PyTorch .*ImportError: undefined symbol: _ZN3c10.*model.layer_spec=portable",
-        ),
-        # Megatron-Core goes on without what raises an ImportError, and fails with what raises anything else.
-        (BROKEN, "portable", None),
-        ("raise OSError('libcudart.so.12: cannot open')", "portable", r"OSError: libcudart.so.12.*uninstall it"),
+        (WITHOUT_TORCH, "te", r"does not work with PyTorch .*transformer_engine_torch.* use model.layer_spec=portable"),
+        # Megatron-Core goes on without it, but cannot itself be imported beside what fails in another way.
+        (WITHOUT_TORCH, "portable", None),
+        ("raise ImportError('undefined symbol: _ZN3c10')", "portable", r"undefined symbol: _ZN3c10.* uninstall it"),
     ],
-    ids=["te", "portable", "not an ImportError"],
+    ids=["te", "portable", "Megatron-Core fails too"],
 )
 def test_transformer_engine_that_does_not_import(tmp_path, monkeypatch, code, layer_spec, expected):
     install_transformer_engine(tmp_path, monkeypatch, code)
@@ -60,6 +57,14 @@ def test_transformer_engine_that_does_not_import(tmp_path, monkeypatch, code, la
 def test_settings_that_need_transformer_engine(settings, expected):
     with pytest.raises(UsageError, match=expected):
         check_packages(model(**settings))
+
+
+@pytest.mark.parametrize("missing", ["distributed_optimizer", "overlap_grad_reduce"])
+def test_gathers_overlap_only_with_the_distributed_optimizer_and_its_buckets(missing):
+    settings = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+    preflight._check_overlaps(Parallel(**settings))
+    with pytest.raises(UsageError, match=f"but parallel.{missing}=false: set both to true"):
+        preflight._check_overlaps(Parallel(**settings | {missing: False}))
 
 
 def test_oldest_pytorch_for_a_gpu(monkeypatch):
