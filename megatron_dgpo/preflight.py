@@ -10,10 +10,11 @@ from urllib.parse import urlparse
 
 import torch
 
-from megatron_dgpo.config import Config
+from megatron_dgpo.config import Config, Parallel
 from megatron_dgpo.data import load_prompts, load_solutions, load_tokenizer
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.manifest import check_architecture, newest, read_manifest
+from megatron_dgpo.model.compat import check_packages
 from megatron_dgpo.rewards.pool import check_grader
 from megatron_dgpo.rollout import server
 from megatron_dgpo.weights.architectures import Architecture, check_layout, read_architecture
@@ -32,6 +33,8 @@ def check(
     replicas = world_size // (config.parallel.tensor * config.parallel.pipeline)
     check_layout(architecture, config.parallel.model_copy(update={"data": replicas}), config.model.path)
     _check_devices(local_size)
+    _check_overlaps(config.parallel)
+    check_packages(config.model)
     tokenizer = load_tokenizer(config.model.path)
     if command == "sft":
         _divides(config, "sft.batch_size", config.sft.batch_size // replicas, config.sft.batch_size % replicas)
@@ -82,6 +85,15 @@ def _check_devices(local_size: int) -> None:
     if count and local_size > count:
         raise UsageError(
             f"parallel.tensor × pipeline × data = {local_size} ranks here, but this machine has {count} GPUs"
+        )
+
+
+def _check_overlaps(parallel: Parallel) -> None:
+    if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
+        missing = "overlap_grad_reduce" if parallel.distributed_optimizer else "distributed_optimizer"
+        raise UsageError(
+            "parallel.overlap_param_gather=true gathers what the distributed optimizer has updated, in the buckets in "
+            f"which gradients are reduced, but parallel.{missing}=false: set both to true"
         )
 
 
