@@ -15,10 +15,10 @@ from megatron_dgpo.rollout.sample import Prompt, Sample
 _POLL_S = 0.25
 _FILES = 2**16
 
-# Longest waits for what has no setting, because it takes no longer with a larger model or batch: a server that is not
-# up yet is asked again; one that is up pauses after the step that it is in.
+# Longest waits for what has no setting, because it takes no longer with a larger model or batch: a server that is up
+# answers, and pauses after the step that it is in.
 _CONNECT_S = 30
-_HEALTH_S = 5
+_HEALTH_S = 30
 _CONTROL_S = 60
 # A worker's weights go to fresh, pinned host memory, about 1 GB/s, or come back.
 _SLEEP_S = 180
