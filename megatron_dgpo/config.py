@@ -138,9 +138,10 @@ class Rollout(Section):
     sleep: bool = False
     """Servers free their GPUs' memory while the policy trains, for servers on the ranks' own GPUs (transport ipc)."""
     bucket_bytes: PositiveInt = 256 * 2**20
-    """shards: most bytes that a worker receives at once; both sides hold two such buckets."""
+    """Most bytes that a worker receives at once. shards: both sides hold two such buckets; ipc: both hold one, or as
+    much as the largest tensor needs."""
     transfer_timeout_s: PositiveFloat = 30
-    """shards: longest wait for the other side."""
+    """shards: longest wait for the other side to take or to give a bucket."""
     check_all_weights: bool = False
     """Compare every parameter's checksum after each update, instead of a sixteenth of them in turn."""
     memory_bytes: PositiveInt = 256 * 2**20
@@ -155,7 +156,7 @@ class Rollout(Section):
     request_timeout_s: PositiveFloat = 1800
     """Longest wait for one step's responses."""
     update_timeout_s: PositiveFloat = 600
-    """Longest wait for a weight update."""
+    """Longest wait for each step of a weight update, and before the first for all workers to be there."""
     record: bool = False
     """Keep every response with its log-probs under run.dir/rollouts, for inspection and replay."""
     replay: Path | None = None

@@ -29,7 +29,8 @@ from megatron_dgpo.model.parallel import (
 from megatron_dgpo.model.policy import Policy
 from megatron_dgpo.rollout import server
 from megatron_dgpo.rollout.client import Engines
-from megatron_dgpo.rollout.weight_sync import IpcSync, ShardSync, check_servers, from_rank_0
+from megatron_dgpo.rollout.ipc_sync import IpcSync
+from megatron_dgpo.rollout.weight_sync import ShardSync, check_servers, from_rank_0
 from megatron_dgpo.statistics import token_statistics
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.export import FullTensors, export_hf
@@ -109,9 +110,8 @@ class Session(contextlib.ExitStack):
         engines = None
         if is_replica_leader() and not self.config.rollout.replay:
             rollout = self.config.rollout
-            engines = Engines(
-                server.addresses(self.config), server.secret(), rollout.request_timeout_s, self._end_tokens()
-            )
+            where, limits = server.addresses(self.config), (rollout.request_timeout_s, rollout.update_timeout_s)
+            engines = Engines(where, server.secret(), limits[0], self._end_tokens(), limits[1])
             engines.wait_until_healthy(rollout.start_timeout_s)
         return self.enter_context(Experience(self.config, engines, self.tokenizer))
 
@@ -121,10 +121,12 @@ class Session(contextlib.ExitStack):
         modules, dtype = self.policy.modules, getattr(torch, server.dtype(self.config))
         kind = server.transport(self.config)
         if kind == "ipc":
-            return IpcSync(engines, FullTensors(modules, self.architecture, dtype))
+            source = FullTensors(modules, self.architecture, dtype)
+            return self.enter_context(IpcSync(engines, source, self.architecture, self.config.rollout))
         shards, layout = dict(named_shards(modules)), trainer_layout(self.config.parallel)
         in_place = kind == "memory"
-        return ShardSync(engines, shards, self.architecture, layout, self.config.rollout, dtype, in_place)
+        sync = ShardSync(engines, shards, self.architecture, layout, self.config.rollout, dtype, in_place)
+        return self.enter_context(sync)
 
     def rest_servers(self) -> None:
         """With rollout.sleep: until the next push the servers' GPUs are the trainer's.

@@ -100,7 +100,7 @@ def process(rank: int, trainer: TrainerLayout, vllm: VllmLayout, options, ports:
     size = trainer.world_size + vllm.num_workers
     store = dist.TCPStore("127.0.0.1", ports[0], size, rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    meeting = Meeting("127.0.0.1", ports[1], "benchmark", TIMEOUT_S)
+    meeting = Meeting("127.0.0.1", ports[1], "benchmark", TIMEOUT_S, TIMEOUT_S)
     server = dist.TCPStore(meeting.host, meeting.port, None, True, wait_for_workers=False) if rank == 0 else None
     group = join_group(meeting, rank, size, server)
     trainers = dist.new_group(list(range(trainer.world_size)))
@@ -134,14 +134,16 @@ def process(rank: int, trainer: TrainerLayout, vllm: VllmLayout, options, ports:
     def by_shards() -> None:
         nonlocal received
         if worker < 0:
-            return send_buckets(group, mine, lambda move: move.of_source(shards[move.source]), trainer.world_size)
+            return send_buckets(
+                group, mine, lambda move: move.of_source(shards[move.source]), trainer.world_size, TIMEOUT_S
+            )
 
         def load(move, piece):
             nonlocal received
             received += piece.nbytes
             move.of_target(live[move.target]).copy_(piece)
 
-        return receive_buckets(group, mine, load, DTYPE, torch.device("cpu"))
+        return receive_buckets(group, mine, load, DTYPE, torch.device("cpu"), TIMEOUT_S)
 
     def by_broadcast() -> None:
         nonlocal received

@@ -39,6 +39,9 @@ GRAPH_BYTES = 1.0 * GIB
 PREFILL_TOKENS = 8192
 # Both sides of a weight update hold two.
 BUCKET_BYTES = Rollout.model_fields["bucket_bytes"].default
+# NCCL's own of the one communicator of all trainer ranks and workers: the buffers that its network connections share
+# (NCCL issue 2363 shows 512 MiB for NCCL 2.28 on 8 GPUs a node).
+COMMUNICATOR_BYTES = 0.5 * GIB
 
 
 # Static memory of the trainer
@@ -257,6 +260,7 @@ def trainer_memory(sizes: Sizes, work: Workload, trainer: TrainerSide, stage: in
         **activations(sizes, work, trainer, stage),
     }
     items["fragmentation"] = FRAGMENTATION * sum(items.values())
+    items["weight transfer's NCCL"] = COMMUNICATOR_BYTES
     items["CUDA and NCCL"] = RUNTIME_BYTES
     return items
 
@@ -265,6 +269,19 @@ def resident(items: dict[str, float]) -> float:
     """Bytes that a GPU of `trainer_memory` keeps while servers sample: the rest goes when its step is over."""
     kept = sum(items[name] for name in ("weights", "gradients", "optimizer", "reference"))
     return (1 + FRAGMENTATION) * kept + items["CUDA and NCCL"]
+
+
+def ipc_update(sizes: Sizes, tensor: int, e: int) -> float:
+    """Bytes on a shared GPU in a weight update by `ipc`, where the server's cache, still asleep, will be.
+
+    The rank gathers a Megatron parameter's shards, makes Hugging Face tensors of them, and packs these into a buffer.
+    The worker copies them out of it in full, keeps them until a module is complete, and puts its shard together [V,
+    packed_tensor.py, layerwise.py].
+    """
+    vocab, matrix = sizes.vocab * sizes.h, sizes.f * sizes.h
+    module = 3 * matrix * sizes.experts or max(vocab, 2 * matrix)
+    buffer = max(BUCKET_BYTES, e * max(vocab, matrix))
+    return e * (2 * max(vocab, 2 * matrix) + module * (1 + 1 / tensor)) + 2 * buffer
 
 
 # Memory of vLLM
@@ -296,5 +313,6 @@ def vllm_fixed(sizes: Sizes, work: Workload, tensor: int, sequences: int) -> dic
         "vLLM workspace": float(max(prefill, logits)),
         "vLLM CUDA graphs": GRAPH_BYTES,
         "vLLM weight buckets": 2.0 * BUCKET_BYTES,
+        "weight transfer's NCCL": COMMUNICATOR_BYTES,
         "CUDA and NCCL": RUNTIME_BYTES,
     }

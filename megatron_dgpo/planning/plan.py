@@ -162,11 +162,14 @@ class Planner:
         items = memory.vllm_fixed(self.sizes, self.work, rollout.tensor, wanted)
         cache = budget - sum(items.values())
         a_token = memory.vllm_kv_bytes(self.sizes, rollout.tensor)
-        needed = a_token * self.work.context
+        needed, what = a_token * self.work.context, "the cache of one sequence"
+        update = memory.ipc_update(self.sizes, rollout.tensor, self.work.element_bytes) if rollout.shared else 0.0
+        if update > needed:
+            needed, what = update, "the buffers of a weight update"
         if cache < needed:
             problem = (
-                f"vLLM at TP {rollout.tensor} needs {(sum(items.values()) + needed) / GIB:.1f} GiB with the cache of "
-                f"one sequence: {max(0.0, budget) / GIB:.1f} GiB available"
+                f"vLLM at TP {rollout.tensor} needs {(sum(items.values()) + needed) / GIB:.1f} GiB with {what}: "
+                f"{max(0.0, budget) / GIB:.1f} GiB available"
             )
             return Server(items | {"vLLM KV cache": max(0.0, cache)}, fraction, 0, problem)
         # Sequences grow while others end: on average each holds its prompt and all of a mean response.

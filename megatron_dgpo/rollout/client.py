@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import httpx
@@ -13,6 +14,19 @@ from megatron_dgpo.rollout.sample import Prompt, Sample
 
 _POLL_S = 0.25
 _FILES = 2**16
+
+# Longest waits for what has no setting, because it takes no longer with a larger model or batch: a server that is up
+# answers, and pauses after the step that it is in.
+_CONNECT_S = 30
+_HEALTH_S = 30
+_CONTROL_S = 60
+# A worker's weights go to fresh, pinned host memory, about 1 GB/s, or come back.
+_SLEEP_S = 180
+# A server that did not answer is not waited for again, but does what it was sent when it is free.
+_PARTING_S = 5
+
+BROKEN = "broken"
+"""Weight version of a server whose last update broke off: some of its layers may be of the one before."""
 
 
 class EngineError(RuntimeError):
@@ -23,6 +37,7 @@ class _Call(NamedTuple):
     method: str
     address: str
     path: str
+    timeout_s: float
     body: dict | None = None
 
 
@@ -33,10 +48,18 @@ class Engines:
     that is just being dropped would look like a dead server.
     """
 
-    def __init__(self, addresses: list[str], secret: str, request_timeout_s: float, stop_token_ids: list[int]) -> None:
+    def __init__(
+        self,
+        addresses: list[str],
+        secret: str,
+        request_timeout_s: float,
+        stop_token_ids: list[int],
+        update_timeout_s: float = 600,
+    ) -> None:
+        """request_timeout_s: longest wait for responses; update_timeout_s: for each of the steps of a weight update."""
         self.addresses = addresses
         self._headers = {"Authorization": f"Bearer {secret}"}
-        self._timeout_s = request_timeout_s
+        self._timeout_s, self._update_s = request_timeout_s, update_timeout_s
         self._stop = stop_token_ids
         # Reading the certificates takes longer than a request.
         self._certificates = httpx.create_ssl_context(trust_env=False)
@@ -46,7 +69,7 @@ class Engines:
         for address in self.addresses:
             while True:
                 try:
-                    self._call(_Call("GET", address, "/health"))
+                    self._call(_Call("GET", address, "/health", _HEALTH_S))
                     break
                 except EngineError:
                     pass
@@ -74,7 +97,7 @@ class Engines:
         for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             body = {"token_ids": prompt.token_ids, "sampling_params": sampling | {"seed": seed}}
             address = self.addresses[place % len(self.addresses)]
-            calls.append(_Call("POST", address, "/inference/v1/generate", body))
+            calls.append(_Call("POST", address, "/inference/v1/generate", self._timeout_s, body))
         return [
             _sample(prompt, choice)
             for prompt, reply in zip(prompts, self._call(*calls), strict=True)
@@ -85,50 +108,90 @@ class Engines:
         """log π(token | those before it) of every token but the first, at temperature 1, recomputed."""
         sampling = {"prompt_logprobs": 0, "max_tokens": 1, "temperature": 0, "detokenize": False}
         body = {"token_ids": token_ids, "sampling_params": sampling}
-        [reply] = self._call(_Call("POST", address, "/inference/v1/generate", body))
+        [reply] = self._call(_Call("POST", address, "/inference/v1/generate", self._timeout_s, body))
         entries = reply["prompt_logprobs"][1:]
         return [entry[str(token)]["logprob"] for entry, token in zip(entries, token_ids[1:], strict=True)]
 
     def weight_version(self, address: str) -> str:
-        return self._call(_Call("GET", address, "/weight_info"))[0]["weight_version"]
+        return self._call(_Call("GET", address, "/weight_info", _CONTROL_S))[0]["weight_version"]
 
     def call_workers(self, address: str, method: str) -> list:
         """Call a method of the worker extension on every worker of a server."""
-        return self._call(_Call("POST", address, "/collective_rpc", {"method": method}))[0]["results"]
+        return self._call(_workers_call(address, method))[0]["results"]
 
     def sleep(self) -> None:
-        """Free the KV cache, and keep the weights in host memory. No request may be under way."""
-        self._post_to_all("/sleep?level=1")
+        """Free the KV cache, and keep the weights in host memory. No request may be under way.
+
+        Level 1. Level 2 would spare the host that memory and seconds of copying, as the next push overwrites every
+        weight; but one that breaks off would leave a server that holds no whole model, of any version.
+        """
+        self._post_to_all("/sleep?level=1", _SLEEP_S)
 
     def wake_up(self, what: str) -> None:
         """what: "weights" or "kv_cache"; with both, requests are served again."""
-        self._post_to_all(f"/wake_up?tags={what}")
+        self._post_to_all(f"/wake_up?tags={what}", _SLEEP_S)
 
     # vLLM's VLLMWeightSyncClient protocol, to all servers at once.
 
     def init_weight_transfer_engine(self, init_infos: list[dict]) -> None:
         """One for each server."""
-        calls = zip(self.addresses, init_infos, strict=True)
-        self._call(*(_Call("POST", a, "/init_weight_transfer_engine", {"init_info": info}) for a, info in calls))
+        path, calls = "/init_weight_transfer_engine", zip(self.addresses, init_infos, strict=True)
+        self._call(*(_Call("POST", address, path, self._update_s, {"init_info": info}) for address, info in calls))
 
     def start_weight_update(self) -> None:
-        """Requests in flight are kept and go on after the update, their KV cache computed anew."""
-        self._post_to_all("/pause?mode=keep&clear_cache=true")
-        self._post_to_all("/start_weight_update")
+        """Requests in flight are kept and go on after the update, their KV cache computed anew.
+
+        Whatever breaks the update off, `abandon_weight_update` must follow: servers stay paused until then.
+        """
+        self._post_to_all("/pause?mode=keep&clear_cache=true", _CONTROL_S)
+        # To vLLM one that broke off, of a trainer that is gone perhaps, is still under way.
+        self._call(*(_workers_call(address, "abandon_update") for address in self.addresses))
+        self._post_to_all("/start_weight_update", self._update_s)
 
     def update_weights(self, update_info: dict) -> None:
-        self._post_to_all("/update_weights", {"update_info": update_info})
+        self._post_to_all("/update_weights", self._update_s, {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._post_to_all("/finish_weight_update", {"weight_version": weight_version})
+        self._post_to_all("/finish_weight_update", self._update_s, {"weight_version": weight_version})
         # Cached prefixes hold keys and values of the old weights; nothing in an update drops them.
-        for address, reply in zip(self.addresses, self._post_to_all("/reset_prefix_cache"), strict=True):
+        replies = self._post_to_all("/reset_prefix_cache", _CONTROL_S)
+        for address, reply in zip(self.addresses, replies, strict=True):
             if not reply["success"]:
                 raise EngineError(f"{address} kept its prefix cache after a weight update: old keys would be reused")
-        self._post_to_all("/resume")
+        self._post_to_all("/resume", _CONTROL_S)
 
-    def _post_to_all(self, path: str, body: dict | None = None) -> list[dict]:
-        return self._call(*(_Call("POST", address, path, body) for address in self.addresses))
+    def abandon_weight_update(self) -> list[str]:
+        """After a failure: servers leave the update and serve again, with weights of version BROKEN.
+
+        All are asked, whatever any of them was told before: one whose request was cancelled may have got it. Returns a
+        sentence for each that does not do as it is asked; raises nothing.
+        """
+
+        def leave(address: str) -> str | None:
+            failure, calls = (
+                None,
+                (
+                    _workers_call(address, "abandon_update"),
+                    _Call("POST", address, "/update_weight_version", _CONTROL_S, {"new_version": BROKEN}),
+                    _Call("POST", address, "/resume", _CONTROL_S),
+                ),
+            )
+            for call in calls:
+                try:
+                    self._call(call if failure is None else call._replace(timeout_s=_PARTING_S))
+                except EngineError as error:
+                    failure = failure or str(error)
+            return failure
+
+        with ThreadPoolExecutor(len(self.addresses)) as pool:
+            return [failure for failure in pool.map(leave, self.addresses) if failure]
+
+    def release_weight_transfer(self) -> None:
+        """Workers leave the group that they share with the trainer, if any."""
+        self._post_to_all("/shutdown_weight_transfer_engine", _CONTROL_S)
+
+    def _post_to_all(self, path: str, timeout_s: float, body: dict | None = None) -> list[dict]:
+        return self._call(*(_Call("POST", address, path, timeout_s, body) for address in self.addresses))
 
     def _call(self, *calls: _Call) -> list[dict]:
         """All at once; their replies in order. The first failure cancels the rest."""
@@ -137,7 +200,6 @@ class Engines:
             free = asyncio.Semaphore(_connections())
             async with httpx.AsyncClient(
                 headers=self._headers,
-                timeout=httpx.Timeout(self._timeout_s, connect=30),
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
                 verify=self._certificates,
                 # Servers are addressed directly, whatever proxy the environment names.
@@ -157,14 +219,19 @@ class Engines:
         place = f"{call.address}{call.path}"
         try:
             async with free:
-                reply = await http.request(call.method, place, json=call.body)
+                limits = httpx.Timeout(call.timeout_s, connect=min(call.timeout_s, _CONNECT_S))
+                reply = await http.request(call.method, place, json=call.body, timeout=limits)
         except httpx.TimeoutException:
-            raise EngineError(f"{place} did not answer within {self._timeout_s:g} s") from None
+            raise EngineError(f"{place} did not answer within {call.timeout_s:g} s") from None
         except httpx.HTTPError as error:
             raise EngineError(f"{place} failed: the server is gone ({error!r})") from None
         if reply.status_code != 200:
             raise EngineError(f"{place} answered {reply.status_code}: {reply.text[:500]}")
         return reply.json() if reply.content else {}
+
+
+def _workers_call(address: str, method: str) -> _Call:
+    return _Call("POST", address, "/collective_rpc", _CONTROL_S, {"method": method})
 
 
 def _connections() -> int:

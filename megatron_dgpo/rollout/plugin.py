@@ -38,8 +38,19 @@ class WorkerMethods:
         """Why the last update broke off, or nothing."""
         return getattr(self.weight_transfer_engine, "failure", "")
 
+    def held_sums(self) -> dict[str, int]:
+        """Of each parameter that this worker computes with."""
+        from megatron_dgpo.rollout.ipc_sync import content_sum
+
+        dtype = self.vllm_config.model_config.dtype
+        parameters = self.model_runner.get_model().named_parameters()
+        return {name: content_sum(parameter.detach().to(dtype)) for name, parameter in parameters}
+
     def abandon_update(self) -> None:
-        """Before another update: to vLLM one that broke off is still under way."""
+        """Leave an update that broke off, if any: to vLLM it is still under way."""
+        from megatron_dgpo.rollout.transport import abandon_reload
+
+        abandon_reload(self.model_runner.get_model())
         self._weight_update_active = False
 
 

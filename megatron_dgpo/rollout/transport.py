@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -40,6 +41,18 @@ from megatron_dgpo.weights.resharding import (
 logger = logging.getLogger(__name__)
 
 
+def abandon_reload(model: torch.nn.Module) -> None:
+    """Layers that a reload which broke off has not put together hold their old weights again; vLLM leaves them empty.
+
+    What such a reload left behind would also be counted as the next one's.
+    """
+    for module in model.modules():
+        info = get_layerwise_info(module)
+        if info.can_load():
+            _place_kernel_tensors(module, info)
+            info.reset()
+
+
 @dataclass
 class ShardInit(WeightTransferInitInfo):
     trainer: dict
@@ -68,6 +81,8 @@ class ShardEngine(WeightTransferEngine):
     """Of the last finished update."""
     failure: str = ""
     """Why the last update broke off."""
+    _group: dist.ProcessGroup | None = None
+    """Of trainer and workers, where shards are sent."""
 
     def init_transfer_engine(self, init_info: ShardInit) -> None:
         architecture = read_architecture(Path(self.model_config.model))
@@ -88,7 +103,8 @@ class ShardEngine(WeightTransferEngine):
             for move in moves
             if parameters[move.target].split == "vocab"
         }
-        self._group, self._memory = None, {}
+        # Of another trainer.
+        self.shutdown()
         if init_info.memory:
             needed: dict[int, dict[str, Handle]] = defaultdict(dict)
             for move in moves:
@@ -98,6 +114,7 @@ class ShardEngine(WeightTransferEngine):
             meeting = Meeting(**init_info.meeting)
             size = trainer.world_size + vllm.num_workers
             self._group = join_group(meeting, trainer.world_size + self._worker, size)
+            self._timeout_s = meeting.timeout_s
 
     def _check_shapes(self) -> None:
         """That vLLM cuts this model as the plan does. Its packed parameters have lost their shapes by now."""
@@ -113,11 +130,6 @@ class ShardEngine(WeightTransferEngine):
             method = getattr(module, "quant_method", None)
             if self.device.type == "cpu" and getattr(method, "moe_kernel", None) is not None:
                 method.moe_kernel = None
-            # What an update that broke off left behind would be counted as this one's.
-            info = get_layerwise_info(module)
-            if info.can_load():
-                _place_kernel_tensors(module, info)
-                info.reset()
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict) -> None:
@@ -145,7 +157,11 @@ class ShardEngine(WeightTransferEngine):
                     shard = self._memory[move.rank][move.source]
                     self._load(move, move.of_source(shard).to(self.model_config.dtype))
             else:
-                receive_buckets(self._group, self._buckets, self._load, self.model_config.dtype, self.device)
+                dtype = self.model_config.dtype
+                receive_buckets(self._group, self._buckets, self._load, dtype, self.device, self._timeout_s)
+            if self.device.type == "cuda":
+                # What the GPU has yet to do, loads among it, may fail: here it is this update that failed.
+                torch.cuda.synchronize(self.device)
         except Exception as error:
             logger.exception("a weight update broke off")
             self.failure = f"vLLM worker {self._worker}: {error}"
@@ -174,4 +190,6 @@ class ShardEngine(WeightTransferEngine):
             self._pieces[move] = value
 
     def shutdown(self) -> None:
+        if self._group:
+            self._group.abort()
         self._group, self._memory = None, {}

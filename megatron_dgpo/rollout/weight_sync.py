@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import torch
@@ -14,8 +15,15 @@ import torch.distributed as dist
 
 from megatron_dgpo.config import Rollout
 from megatron_dgpo.rollout import shared_weights
-from megatron_dgpo.rollout.client import Engines
-from megatron_dgpo.rollout.shard_stream import Meeting, join_group, open_meeting, send_buckets
+from megatron_dgpo.rollout.client import EngineError, Engines
+from megatron_dgpo.rollout.shard_stream import (
+    CalledOffError,
+    Meeting,
+    call_off,
+    join_group,
+    open_meeting,
+    send_buckets,
+)
 from megatron_dgpo.weights.architectures import Architecture
 from megatron_dgpo.weights.resharding import (
     Move,
@@ -29,6 +37,9 @@ from megatron_dgpo.weights.resharding import (
     wrapped_sum,
 )
 
+if TYPE_CHECKING:
+    from megatron_dgpo.rollout.ipc_sync import IpcSync
+
 # One vLLM parameter in so many is compared after each update, others after the next.
 _SAMPLED = 16
 
@@ -41,7 +52,8 @@ class ShardSync:
     """Gives every worker its own shards from the ranks that hold them; vLLM's workers do the rest.
 
     Workers on this machine read them in place where the trainer has them in shared memory; to others they travel bucket
-    by bucket. All methods are collective over all ranks. engines: on global rank 0, None elsewhere.
+    by bucket. All methods are collective over all ranks. engines: on global rank 0, None elsewhere. A context manager:
+    at its exit both sides let go of the memory or the group that they share.
     """
 
     def __init__(
@@ -72,6 +84,7 @@ class ShardSync:
         ]
         self._expected: dict[tuple[int, str], int] = {}
         self._first_worker, self._group = trainer.world_size, None
+        self._timeout_s = rollout.transfer_timeout_s
         info = {"trainer": dataclasses.asdict(trainer), "servers": servers, "bucket_numel": numel}
         if in_place:
             handles = {name: dataclasses.asdict(handle) for name, handle in shared_weights.share(shards).items()}
@@ -84,15 +97,37 @@ class ShardSync:
             stores = []
 
             def meet() -> Meeting:
-                meeting, store = open_meeting(_own_address(engines.addresses), rollout.transfer_timeout_s)
+                host, patience = _own_address(engines.addresses), rollout.update_timeout_s
+                meeting, store = open_meeting(host, patience, rollout.transfer_timeout_s)
                 # It stays with rank 0, which keeps it.
                 stores.append(store)
                 return meeting
 
             meeting = from_rank_0(meet)
             info["meeting"] = dataclasses.asdict(meeting)
-            with self._request(lambda: self._initialize(info)):
+
+            def initialize() -> None:
+                try:
+                    self._initialize(info)
+                except EngineError as error:
+                    # Ranks and other workers wait for members that will not come.
+                    call_off(meeting, str(error))
+                    raise
+
+            with self._request(initialize):
                 self._group = join_group(meeting, rank, trainer.world_size + vllm.num_workers, *stores)
+
+    def __enter__(self) -> ShardSync:
+        return self
+
+    def __exit__(self, failed: type | None, *_) -> None:
+        # After a failure servers may be gone, or busy with what failed.
+        if self._engines and not failed:
+            with contextlib.suppress(EngineError):
+                self._engines.release_weight_transfer()
+        if self._group:
+            self._group.abort()
+        self._group = None
 
     def _initialize(self, info: dict) -> None:
         self._engines.init_weight_transfer_engine([info | {"server": i} for i in range(info["servers"])])
@@ -105,7 +140,16 @@ class ShardSync:
         """
         self._check_in_place()
         sample = {name for i, name in enumerate(self._target_shapes) if self._all or (i + version) % _SAMPLED == 0}
-        from_rank_0(self._start)
+        with servers_resumed(self._engines):
+            from_rank_0(lambda: self._engines.start_weight_update())
+            shares = _all_gather(self._transfer(sample))
+            self._expected = {}
+            for key, value in (item for share in shares for item in share.items()):
+                self._expected[key] = wrapped_sum(self._expected.get(key, 0), value)
+            from_rank_0(lambda: self._engines.finish_weight_update(str(version)))
+
+    def _transfer(self, sample: set[str]) -> dict[tuple[int, str], int]:
+        """Give this rank's shards; checksums of its parts of each (worker, parameter) of the sample."""
         partial: dict[tuple[int, str], int] = {}
 
         def piece(move: Move) -> torch.Tensor:
@@ -118,20 +162,12 @@ class ShardSync:
 
         with self._request(lambda: self._update({"checksums": sorted(sample)})):
             if self._group:
-                send_buckets(self._group, self._buckets, piece, self._first_worker)
+                send_buckets(self._group, self._buckets, piece, self._first_worker, self._timeout_s)
             else:
                 for move in itertools.chain.from_iterable(self._buckets):
                     if move.target in sample:
                         piece(move)
-        self._expected = {}
-        for key, value in (item for share in _all_gather(partial) for item in share.items()):
-            self._expected[key] = wrapped_sum(self._expected.get(key, 0), value)
-        from_rank_0(lambda: self._engines.finish_weight_update(str(version)))
-
-    def _start(self) -> None:
-        for address in self._engines.addresses:
-            self._engines.call_workers(address, "abandon_update")
-        self._engines.start_weight_update()
+        return partial
 
     def _update(self, info: dict) -> None:
         self._engines.update_weights(info)
@@ -161,6 +197,9 @@ class ShardSync:
             answer = pool.submit(request) if self._engines else None
             try:
                 yield
+            except CalledOffError:
+                # Rank 0 tells.
+                pass
             except Exception as error:
                 failures.append(f"trainer rank {dist.get_rank()}: {error}")
             try:
@@ -192,47 +231,6 @@ def _own_address(servers: list[str]) -> str:
     from vllm.utils.network_utils import get_ip
 
     return get_ip()
-
-
-class IpcSync:
-    """Pushes gathered weights with vLLM's own `ipc` engine, for servers on the ranks' own GPUs.
-
-    Written from vLLM 0.32's sources and not yet run: no machine with a GPU was at hand.
-    """
-
-    def __init__(self, engines: Engines | None, source) -> None:
-        """source: a vLLM WeightSource, the same on every rank."""
-        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-
-        self._engines, self._version = engines, 0
-        info = IPCTrainerInitInfo(rank=dist.get_rank())
-        self._trainer = WeightTransferTrainerFactory.trainer_init(info, client=self, source=source)
-
-    def push(self, version: int) -> None:
-        self._version = version
-        self._trainer.send_weights()
-        dist.barrier()
-
-    def differing_tensors(self, address: str) -> list[str]:
-        """Not known: vLLM's own transport keeps no checksums. The version and the log-probs are still checked."""
-        return []
-
-    # vLLM's VLLMWeightSyncClient protocol, called by its trainer engine on rank 0.
-
-    def init_weight_transfer_engine(self, init_info: dict) -> None:
-        self._engines.init_weight_transfer_engine([init_info] * len(self._engines.addresses))
-
-    def start_weight_update(self) -> None:
-        self._engines.start_weight_update()
-
-    def update_weights(self, update_info) -> None:
-        from vllm.distributed.weight_transfer.clients import _json_safe_update_payload
-
-        self._engines.update_weights(_json_safe_update_payload(update_info))
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._engines.finish_weight_update(str(self._version))
 
 
 def check_servers(
@@ -269,6 +267,20 @@ def check_servers(
                 "the server loads or computes them differently"
             )
     return max(gaps)
+
+
+@contextlib.contextmanager
+def servers_resumed(engines: Engines | None) -> Iterator[None]:
+    """Around all that follows a pause: whatever breaks it off, servers that still answer serve again.
+
+    engines: on rank 0; nothing happens elsewhere. The error stays the first one; what went wrong after it is a note.
+    """
+    try:
+        yield
+    except BaseException as error:
+        for failure in engines.abandon_weight_update() if engines else []:
+            error.add_note(f"after that, a server that was to serve again: {failure}")
+        raise
 
 
 def from_rank_0(function: Callable):

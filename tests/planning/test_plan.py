@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_dgpo.planning import memory
 from megatron_dgpo.planning.hardware import GPUS
 from megatron_dgpo.planning.layout import RolloutSide, TrainerSide, Workload
 from megatron_dgpo.planning.plan import EQUAL, Planner, choose
@@ -72,3 +73,20 @@ def test_decoding_is_bound_by_memory_until_the_batch_is_large():
     assert few.bound == "memory" and few.total > 2 * many.total
     with pytest.raises(ValueError):
         rollout_time(sizes, WORK, rollout, H100, 0)
+
+
+def test_a_weight_update_has_its_memory():
+    """NCCL's communicator on both sides; on a shared GPU gathered tensors and copies, in the cache's place."""
+    sizes = Sizes(SEVEN)
+    planner = Planner(sizes, WORK, H100)
+    assert memory.trainer_memory(sizes, WORK, TrainerSide(2, 2, 2), 0)["weight transfer's NCCL"] == 2**29
+    for shared in (True, False):
+        rollout = RolloutSide(8, 1, shared, shared)
+        items = planner.server(rollout, 0.5).memory
+        assert items["weight transfer's NCCL"] == 2**29
+        update = memory.ipc_update(sizes, 8, 2)
+        # Embedding, twice whole and in two buffers, and once more with an eighth of it.
+        assert update == pytest.approx(5.125 * 152064 * 3584 * 2, rel=0.01)
+        fraction = (sum(items.values()) - items["vLLM KV cache"] + 0.9 * update) / H100.gpu.memory_bytes
+        problem = planner.server(rollout, fraction).problem
+        assert "the buffers of a weight update" in problem if shared else problem is None

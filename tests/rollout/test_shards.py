@@ -1,6 +1,7 @@
 """Shard-exact updates of a real vLLM server from real Megatron ranks, in many layouts, and what breaks one off."""
 
 import contextlib
+import math
 import os
 import signal
 import time
@@ -10,13 +11,14 @@ import torch
 
 from megatron_dgpo import process
 from megatron_dgpo.rollout import server
-from megatron_dgpo.rollout.client import Engines
+from megatron_dgpo.rollout.client import BROKEN, Engines
 from tests.layouts import MIXTURE_LAYOUTS, make_config
 from tests.ranks import run_ranks
 from tests.tiny_models import MIXTURES, make_tiny_model
 
 # Fixed: the ranks import this file anew.
 SECRET = "of-this-test-only"
+FAIL = -1
 PROBE = [1, 50, 60, 70, 80, 90, 100]
 # vLLM on CPU wants heads of at least 32.
 SIZES = dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
@@ -71,7 +73,8 @@ def running_server(folder, family, tensor):
 def push(folder, model, tensor, parallel, addresses, version, kill=None, in_place=False):
     """On every trainer rank: load `model` and send it; which tensors differ then, and how many were compared.
 
-    kill: process group to end when the last rank has sent some of its buckets; 0 is that rank itself.
+    kill: process group to end when the last rank has sent some of its buckets; 0 is that rank itself, which only fails
+    for FAIL.
     """
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -105,6 +108,8 @@ def push(folder, model, tensor, parallel, addresses, version, kill=None, in_plac
         def piece(move):
             made.append(move)
             if len(made) == 12:
+                if kill == FAIL:
+                    raise RuntimeError("injected")
                 os.killpg(kill, signal.SIGKILL) if kill else os._exit(9)
             return make_piece(move)
 
@@ -174,14 +179,23 @@ def test_workers_read_in_place(live):
 
 
 @one_server
+def test_an_update_that_breaks_off_leaves_a_server_that_serves(live):
+    """The next test's update heals what it serves."""
+    engines, folder, family, tensor, _ = live
+    with pytest.raises(AssertionError, match="the weight update broke off: .*trainer rank 1: injected"):
+        run_ranks(push, 2, folder, folder / "model", tensor, {"tensor": 2}, engines.addresses, 45, FAIL)
+    assert engines.weight_version(engines.addresses[0]) == BROKEN
+    assert all(math.isfinite(x) for x in engines.prompt_logprobs(engines.addresses[0], PROBE))
+
+
+@one_server
 def test_a_trainer_that_dies_leaves_the_server_stale_and_the_next_update_heals_it(live):
     engines, folder, family, tensor, children = live
-    before = engines.weight_version(engines.addresses[0])
     model = make_tiny_model(folder / "model-dying", family, seed=50, **SIZES)
     with pytest.raises(AssertionError, match="rank 1 died"):
         run_ranks(push, 2, folder, model, tensor, {"tensor": 2}, engines.addresses, 50, 0)
     start = time.monotonic()
-    assert engines.weight_version(engines.addresses[0]) == before
+    assert engines.weight_version(engines.addresses[0]) != "50"
     # The broken update has ended on its own by then.
     [(differing, _), *_] = run_ranks(push, 2, folder, model, tensor, {"tensor": 2}, engines.addresses, 51)
     assert differing == [] and time.monotonic() - start < 60
