@@ -197,14 +197,15 @@ class Session(contextlib.ExitStack):
         # One for each pipeline stage: an interleaved schedule wants a multiple of them.
         count = max(2, self.config.parallel.pipeline)
         prompts = [problems[i % len(problems)].token_ids for i in range(count)]
-        probes = from_rank_0(lambda: self._canary.probes(self._engines, prompts))
-        expected = self._logprobs(probes)
+        prompts, texts = from_rank_0(lambda: self._canary.probes(self._engines, prompts))
+        expected = self._logprobs(prompts, texts)
+        probes = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
         gap = from_rank_0(lambda: self._canary.check(self._engines, self._weight_sync, version, probes, expected))
         return {"weights/canary_logprob_gap": gap}
 
-    def _logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
-        """The policy's log-probs of all tokens but each sequence's first, at temperature 1."""
-        batch = self.make_batch([tokens[:1] for tokens in sequences], [tokens[1:] for tokens in sequences])
+    def _logprobs(self, prompts: list[list[int]], texts: list[list[int]]) -> list[list[float]]:
+        """The policy's log-probs of the texts' tokens, at temperature 1."""
+        batch = self.make_batch(prompts, texts)
 
         def logprobs(batch, index, hidden_states, head_weight):
             return token_statistics(

@@ -1,5 +1,6 @@
 """What ranks agree on at the start, and what a resumed run takes from where; without a server."""
 
+import copy
 import http.server
 import json
 import threading
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_dgpo.config import Rollout
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.manifest import check_origins, fingerprint, origins, read_manifest
 from megatron_dgpo.rollout.canary import Canary
+from megatron_dgpo.rollout.sample import Sample
 from megatron_dgpo.rollout.weight_sync import StaleWeightsError
 from tests.layouts import make_config
 from tests.model.test_policy import build
@@ -187,3 +190,70 @@ def test_what_is_no_manifest_is_none(tmp_path, content):
 
 
 # The canary
+
+
+class Served:
+    """A server whose bfloat16 model is at hand."""
+
+    addresses = ("here",)
+
+    def __init__(self, model):
+        self.model = model
+
+    def weight_version(self, address):
+        return "0"
+
+    def differing_tensors(self, address):
+        return []
+
+    def prompt_logprobs(self, address, token_ids):
+        return logprobs(self.model, token_ids)
+
+    def generate(self, prompts, n, temperature, max_tokens, seeds):
+        ids = torch.tensor([prompt.token_ids for prompt in prompts])
+        rows = self.model.generate(ids, max_new_tokens=max_tokens, do_sample=False, pad_token_id=0, eos_token_id=None)
+        return [Sample(p, r[ids.shape[1] :].tolist(), [], "length", 0) for p, r in zip(prompts, rows, strict=True)]
+
+
+@torch.no_grad()
+def logprobs(model, token_ids):
+    ids = torch.tensor(token_ids)
+    return torch.log_softmax(model(ids[None]).logits[0, :-1].float(), -1).gather(-1, ids[1:, None])[:, 0].tolist()
+
+
+@pytest.fixture(scope="module")
+def policy_and_server(tmp_path_factory):
+    """Float32 and bfloat16 of the same values, with logits as large as real models have (standard deviation 12)."""
+    from transformers import AutoModelForCausalLM
+
+    path = make_tiny_model(tmp_path_factory.mktemp("deep") / "model", "qwen3", num_hidden_layers=24)
+    policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    policy.lm_head.weight.data *= 16
+    return copy.deepcopy(policy).float(), policy
+
+
+def ask(canary, policy, server):
+    generator = torch.Generator().manual_seed(1)
+    prompts, texts = canary.probes(server, torch.randint(3, 131, (2, 8), generator=generator).tolist())
+    expected = [logprobs(policy, p + t)[-len(t) :] for p, t in zip(prompts, texts, strict=True)]
+    return canary.check(server, server, 0, [p + t for p, t in zip(prompts, texts, strict=True)], expected)
+
+
+def test_rounding_does_not_alarm_the_canary_and_a_wrong_server_does(policy_and_server):
+    policy, served = policy_and_server
+    random = torch.randint(3, 131, (48,), generator=torch.Generator().manual_seed(0)).tolist()
+    pairs = zip(logprobs(policy, random), logprobs(served, random), strict=True)
+    # What was asked before, of a tolerance of 0.1.
+    assert sum(abs(a - b) for a, b in pairs) / 47 > 0.1
+    server, canary = Served(served), Canary(Rollout(), "bfloat16")
+    assert ask(canary, policy, server) < 0.1
+    assert ask(canary, policy, server) < 0.1
+    with pytest.raises(StaleWeightsError, match=r"at most 0\.001 expected"):
+        ask(Canary(Rollout(), "float32"), policy, server)
+    with pytest.raises(StaleWeightsError, match="rollout.canary_tolerance"):
+        ask(Canary(Rollout(canary_tolerance=1e-4), "bfloat16"), policy, server)
+    wrong = copy.deepcopy(served)
+    wrong.model.layers[12].mlp.down_proj.weight.data *= -1
+    for alarmed in (canary, Canary(Rollout(), "bfloat16")):
+        with pytest.raises(StaleWeightsError, match="computes them differently"):
+            ask(alarmed, policy, Served(wrong))

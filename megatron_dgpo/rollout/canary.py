@@ -9,6 +9,9 @@ from megatron_dgpo.rollout.weight_sync import IpcSync, ShardSync, check_servers
 
 _NEW_TOKENS = 24
 _EXACT = 1e-3
+# bfloat16 against float32, random models of 24 layers with logits of standard deviation 3, 6 and 12: the mean gap is
+# 0.022, 0.031 and 0.040 on greedy text, and 0.040, 0.087 and 0.190 on random tokens, whose log-probs are about as large
+# as the logits. Trainer and server both round, each in its own order.
 _FIRST, _LEAST, _GROWTH = 0.5, 0.1, 3.0
 
 
@@ -20,14 +23,15 @@ class Canary:
         self._rollout, self._dtype = rollout, dtype
         self._first_gap: float | None = None
 
-    def probes(self, engines: Engines, prompts: list[list[int]]) -> list[list[int]]:
-        """Likely tokens: the prompts, each with the first server's own greedy text."""
+    def probes(self, engines: Engines, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+        """Likely tokens: (prompts, the first server's own greedy text after each), to be scored together."""
         asked = [Prompt(index, token_ids, "", "") for index, token_ids in enumerate(prompts)]
         limit = min(_NEW_TOKENS, self._rollout.max_response_tokens)
         samples = engines.generate(asked, n=1, temperature=0.0, max_tokens=limit, seeds=[0] * len(asked))
+        texts = [sample.token_ids for sample in samples]
         # Whoever scores them must make one token more.
         most = self._rollout.context_tokens - 1
-        return [(sample.prompt.token_ids + sample.token_ids)[:most] for sample in samples]
+        return [p[-(most - len(text)) :] for p, text in zip(prompts, texts, strict=True)], texts
 
     def check(self, engines: Engines, sync: ShardSync | IpcSync, version: int, probes: list, expected: list) -> float:
         """`check_servers` with the tolerance of the day; returns its gap."""

@@ -245,7 +245,7 @@ def check_servers(
 ) -> float:
     """Rank 0 only: raise StaleWeightsError unless every server serves the policy's weights.
 
-    probes: token sequences; expected: the policy's log-prob of every token but the first, at temperature 1. tolerance:
+    probes: token sequences; expected: the policy's log-probs of each one's last tokens, at temperature 1. tolerance:
     mean |difference| of a server; returns the largest of these. Tiny updates move log-probs less than rounding does,
     so the version and the checksums of what each worker received are compared too.
     """
@@ -256,9 +256,10 @@ def check_servers(
         if found != str(version) or tensors:
             named = f"; tensors that differ: {_listed(tensors)}" if tensors else ""
             raise StaleWeightsError(f"{address} serves weight version {found}, the policy is at {version}{named}")
-        served = [engines.prompt_logprobs(address, probe) for probe in probes]
         differences = [
-            abs(a - b) for ours, theirs in zip(expected, served, strict=True) for a, b in zip(ours, theirs, strict=True)
+            abs(ours - theirs)
+            for probe, logprobs in zip(probes, expected, strict=True)
+            for ours, theirs in zip(logprobs, engines.prompt_logprobs(address, probe)[-len(logprobs) :], strict=True)
         ]
         gaps.append(sum(differences) / len(differences))
         if not gaps[-1] <= tolerance:
