@@ -6,6 +6,7 @@ size and CRC-32 in its manifest. A folder that lacks a manifest, or whose files 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -21,21 +22,49 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_dgpo.manifest import MANIFEST, Progress, candidates, check_architecture, read_manifest, wrong_sizes
+from megatron_dgpo.manifest import (
+    MANIFEST,
+    Origins,
+    Progress,
+    candidates,
+    check_architecture,
+    check_origins,
+    read_manifest,
+    wrong_sizes,
+)
 from megatron_dgpo.model.policy import Policy
 from megatron_dgpo.weights.architectures import Architecture
 
 _READ_BYTES = 8 * 2**20
-# The optimizer's shards can be read back at any tensor, pipeline and data parallel size.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+# The optimizer's shards can be read back at any tensor, pipeline and data parallel size. For that the shards of all
+# replicas are put together: in the host memory of the first one, not on the GPU of every rank, where the gathered
+# buffer and NCCL's copy of it take 10 bytes for each parameter that the rank holds (35 GiB for 7B on four GPUs).
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+}
+# What the schedule and Adam's loop count, and which tensors are whose; all else in a group of parameters is a setting.
+_NOT_SETTINGS = ("params", "step")
 
 logger = logging.getLogger(__name__)
 
 
-def save(folder: Path, policy: Policy, architecture: Architecture, progress: Progress, keep: int) -> Path:
-    """Write `folder/step_N` and drop all but the newest `keep`. Collective over all ranks; returns its path."""
+def save(
+    folder: Path,
+    policy: Policy,
+    architecture: Architecture,
+    progress: Progress,
+    keep: int,
+    origins: Origins | None = None,
+) -> Path:
+    """Write `folder/step_N` and drop all but the newest `keep`. Collective over all ranks; returns its path.
+
+    origins: of the run; what continues it must have the same.
+    """
     target = folder / f"step_{progress.step:08d}"
     partial = folder / f".writing_{target.name}"
     if dist.get_rank() == 0:
@@ -53,6 +82,7 @@ def save(folder: Path, policy: Policy, architecture: Architecture, progress: Pro
             "progress": dataclasses.asdict(progress),
             "architecture": dataclasses.asdict(architecture),
             "layout": _layout(),
+            "origins": origins or {},
             "files": checksums,
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -66,10 +96,12 @@ def save(folder: Path, policy: Policy, architecture: Architecture, progress: Pro
     return target
 
 
-def load_newest(folder: Path, policy: Policy, architecture: Architecture) -> Progress | None:
+def load_newest(
+    folder: Path, policy: Policy, architecture: Architecture, origins: Origins | None = None
+) -> Progress | None:
     """Restore the newest undamaged checkpoint in `folder`, or return None where there is none.
 
-    Collective over all ranks. Raises UsageError for a checkpoint of another model.
+    Collective over all ranks. Raises UsageError for a checkpoint of another model, or of a run with other `origins`.
     """
     for candidate in _agreed(candidates(folder)):
         manifest = read_manifest(candidate)
@@ -78,26 +110,35 @@ def load_newest(folder: Path, policy: Policy, architecture: Architecture) -> Pro
             logger.warning("%s is passed over: %s", candidate, problem)
             continue
         check_architecture(candidate, manifest, architecture)
+        check_origins(candidate, manifest, origins or {})
         load(candidate, policy)
         return Progress(**manifest["progress"])
     return None
 
 
 def load(path: Path, policy: Policy, weights_only: bool = False) -> None:
-    """Restore the policy's weights and, unless `weights_only`, optimizer, schedule and RNG. Collective."""
+    """Restore the policy's weights and, unless `weights_only`, optimizer, schedule's step and RNG. Collective.
+
+    Learning rates, weight decay, Adam's constants and the schedule stay as this run has set them. Replicas share the
+    reading and send each other the tensors, one at a time, through GPU memory.
+    """
     state = _model_state(policy)
     if not weights_only:
         _adapt_to_torch_adam(policy)
         state["optimizer"] = policy.optimizer.sharded_state_dict(state, is_loading=True, metadata=_METADATA)
-        if read_manifest(path)["layout"] == _layout():
+        if read_manifest(path).get("layout") == _layout():
             state["rng"] = _sharded_rng(_rng_state())
         else:
             logger.warning("%s was written at another layout: random number generators start anew", path)
-    loaded = dist_checkpointing.load(state, str(path))
+    strategy = FullyParallelLoadStrategyWrapper(
+        get_default_load_sharded_strategy(str(path)), parallel_state.get_data_parallel_group()
+    )
+    loaded = dist_checkpointing.load(state, str(path), strategy)
     for name, chunk in _named_chunks(policy):
         chunk.load_state_dict(loaded[name])
     if not weights_only:
-        policy.optimizer.load_state_dict(loaded["optimizer"])
+        with _own_settings(policy):
+            policy.optimizer.load_state_dict(loaded["optimizer"])
         _separate_step_counts(policy)
         policy.scheduler.load_state_dict(loaded["scheduler"])
         if "rng" in loaded:
@@ -105,6 +146,18 @@ def load(path: Path, policy: Policy, weights_only: bool = False) -> None:
     else:
         # Master weights are copies: without this the next step would start from the old ones.
         policy.optimizer.reload_model_params()
+
+
+@contextlib.contextmanager
+def _own_settings(policy: Policy):
+    """Whatever is loaded meanwhile: Megatron keeps learning rates and the like in a checkpoint, too, and takes them."""
+    before = [
+        {name: value for name, value in group.items() if name not in _NOT_SETTINGS}
+        for group in policy.optimizer.param_groups
+    ]
+    yield
+    for group, settings in zip(policy.optimizer.param_groups, before, strict=True):
+        group.update(settings)
 
 
 def _agreed(value):

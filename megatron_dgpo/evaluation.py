@@ -53,8 +53,8 @@ def evaluate_policy(config: Config, folder: Path | None, from_model: bool) -> No
             path = folder or newest(config.run.dir / "checkpoints")
             checkpoint.load(path, session.policy, weights_only=True)
             step = read_manifest(path)["progress"]["step"]
-        session.push_weights(step)
         problems = load_prompts(config, config.data.eval, "data.eval", session.tokenizer)
+        session.push_weights(step, problems)
         metrics = evaluate(session, problems, step)
         if dist.get_rank() == 0:
             k = config.eval.samples

@@ -18,7 +18,8 @@ from megatron_dgpo.progress import Progress
 class MetricsLog:
     """Collects a step's phases and metrics; with `visible` (rank 0) writes and shows them. A context manager.
 
-    Files: run_dir/metrics/{name}.jsonl, a JSON object a step, and TensorBoard's in run_dir/tensorboard/{name}.
+    Files: run_dir/metrics/{name}.jsonl, a JSON object a step with null for what is not finite, and TensorBoard's in
+    run_dir/tensorboard/{name}.
     """
 
     def __init__(self, run_dir: Path, name: str, visible: bool) -> None:
@@ -79,15 +80,15 @@ class MetricsLog:
         self._phases, self._step_start = {}, time.monotonic()
         if not self._writer:
             return
-        # JSON has no NaN, and TensorBoard draws none: a metric without a value is left out.
-        values = {name: float(value) for name, value in (metrics | times).items() if math.isfinite(value)}
-        row = {"step": step, **values}
+        values = {name: float(value) for name, value in (metrics | times).items()}
+        # JSON has no NaN and no infinity; null keeps their place.
+        row = {"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
         with self._file.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
-        self._progress.show(row)
+        self._progress.show({"step": step, **values})
 
     def warn(self, text: str) -> None:
         """Tell the user at once."""

@@ -36,7 +36,7 @@ def plot_run(metrics_file: Path, picture: Path, title: str) -> Path:
     axes = figure.subplots(-(-len(_PANELS) // _COLUMNS), _COLUMNS)
     for axis, (name, series) in zip(axes.flat, _PANELS, strict=True):
         for metric, colour, label in series:
-            points = [(row["step"], row[metric]) for row in rows if metric in row]
+            points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
             if points:
                 axis.plot(
                     *zip(*points, strict=True),

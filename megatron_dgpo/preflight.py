@@ -13,7 +13,7 @@ import torch
 from megatron_dgpo.config import Config, Parallel
 from megatron_dgpo.data import load_prompts, load_solutions, load_tokenizer
 from megatron_dgpo.errors import UsageError
-from megatron_dgpo.manifest import check_architecture, newest, read_manifest
+from megatron_dgpo.manifest import check_architecture, check_origins, check_steps, newest, origins, read_manifest
 from megatron_dgpo.model.compat import check_packages
 from megatron_dgpo.rewards.pool import check_grader
 from megatron_dgpo.rollout import server
@@ -60,6 +60,9 @@ def check(
         if manifest is None:
             raise UsageError(f"{found} is not a checkpoint: it has no readable manifest.json")
         check_architecture(found, manifest, architecture)
+        if command != "eval":
+            check_origins(found, manifest, origins(config, command))
+            check_steps(found, manifest, config, command)
 
 
 def _check_model(config: Config) -> Architecture:

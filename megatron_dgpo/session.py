@@ -17,7 +17,7 @@ from megatron_dgpo.batch import Batch
 from megatron_dgpo.config import Config
 from megatron_dgpo.data import load_tokenizer
 from megatron_dgpo.experience import Experience
-from megatron_dgpo.manifest import Progress
+from megatron_dgpo.manifest import Origins, Progress, origins
 from megatron_dgpo.metrics import MetricsLog
 from megatron_dgpo.model import device
 from megatron_dgpo.model.parallel import (
@@ -26,40 +26,56 @@ from megatron_dgpo.model.parallel import (
     is_replica_leader,
     trainer_layout,
 )
-from megatron_dgpo.model.policy import Policy
+from megatron_dgpo.model.policy import LossFunction, Policy, StepResult
 from megatron_dgpo.rollout import server
+from megatron_dgpo.rollout.canary import Canary
 from megatron_dgpo.rollout.client import Engines
 from megatron_dgpo.rollout.ipc_sync import IpcSync
-from megatron_dgpo.rollout.weight_sync import ShardSync, check_servers, from_rank_0
+from megatron_dgpo.rollout.sample import Prompt
+from megatron_dgpo.rollout.weight_sync import ShardSync, from_rank_0
 from megatron_dgpo.statistics import token_statistics
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.export import FullTensors, export_hf
 from megatron_dgpo.weights.load import load_weights, named_shards
 
-# Ranks wait for each other while one of them samples: their patience must outlast its own.
 _MARGIN = timedelta(minutes=10)
-_PROBE_TOKENS = 24
-_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+
+
+def patience(config: Config) -> timedelta:
+    """How long a rank waits for others: longer than any of them waits for a server.
+
+    The other long waits are short of it: for one file of an export (5 GB), and for one rank's part of a checkpoint.
+    """
+    rollout = config.rollout
+    return _MARGIN + timedelta(seconds=max(rollout.request_timeout_s, rollout.start_timeout_s))
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; says why."""
 
 
 class Session(contextlib.ExitStack):
     """A context manager opened by every rank; its methods are collective over all ranks.
 
-    name: of the work ("sft", "train", "eval"), which names its metrics. optimizer_steps: length of the learning-rate
+    command: "sft", "train" or "eval", which also names its metrics. optimizer_steps: length of the learning-rate
     schedule.
     """
 
-    def __init__(self, config: Config, name: str, optimizer_steps: int = 1) -> None:
+    def __init__(self, config: Config, command: str, optimizer_steps: int = 1) -> None:
         super().__init__()
-        self.config = config
+        self.config, self._command = config, command
         self.device = device.init_device()
-        patience = timedelta(seconds=config.rollout.request_timeout_s) + _MARGIN
-        dist.init_process_group(device.backend(), timeout=patience)
+        dist.init_process_group(device.backend(), timeout=patience(config))
         self.callback(dist.destroy_process_group)
-        initialize_parallel(config.parallel, config.run.seed)
-        self.replica = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         self.architecture = read_architecture(config.model.path)
         self.tokenizer = load_tokenizer(config.model.path)
+        self._asleep = False
+        if command != "sft":
+            # Before there are tensors on the ranks' GPUs: a server that starts counts all that disappears from its GPU
+            # as its own, and does not start where the memory is taken.
+            self.rest_servers()
+        initialize_parallel(config.parallel, config.run.seed, patience(config))
+        self.replica = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         self.policy = Policy(config, self.architecture, optimizer_steps)
         load_weights(
             self.policy.modules,
@@ -69,18 +85,25 @@ class Session(contextlib.ExitStack):
             parallel_state.get_tensor_model_parallel_world_size(),
         )
         self.policy.reload_master_weights()
-        self.log = self.enter_context(MetricsLog(config.run.dir, name, visible=dist.get_rank() == 0))
+        self.log = self.enter_context(MetricsLog(config.run.dir, command, visible=dist.get_rank() == 0))
         self._checkpoints = config.run.dir / "checkpoints"
-        self._asleep = False
+        self._skipped_in_a_row = 0
+        self._canary = Canary(config.rollout, server.dtype(config))
 
     # Checkpoints
 
+    @functools.cached_property
+    def _origins(self) -> Origins:
+        return from_rank_0(lambda: origins(self.config, self._command))
+
     def restore(self) -> Progress:
         """The newest good checkpoint of this run, or its start."""
-        return checkpoint.load_newest(self._checkpoints, self.policy, self.architecture) or Progress()
+        found = checkpoint.load_newest(self._checkpoints, self.policy, self.architecture, self._origins)
+        return found or Progress()
 
     def save(self, progress: Progress) -> None:
-        checkpoint.save(self._checkpoints, self.policy, self.architecture, progress, self.config.checkpoint.keep)
+        keep = self.config.checkpoint.keep
+        checkpoint.save(self._checkpoints, self.policy, self.architecture, progress, keep, self._origins)
 
     def export(self) -> Path:
         """Write the policy as a Hugging Face directory, `run.dir/hf`."""
@@ -88,6 +111,21 @@ class Session(contextlib.ExitStack):
         return export_hf(
             self.policy.modules, self.architecture, self.config.model.path, self.config.run.dir / "hf", dtype
         )
+
+    # Steps
+
+    def step(self, batches: list[Batch], loss: LossFunction, more: bool = False) -> StepResult:
+        """Policy.step; tells the user of a skipped one, and raises TrainingStopped when too many follow each other."""
+        result = self.policy.step(batches, loss, more)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if result.skipped else 0
+        if result.skipped:
+            self.log.warn("an optimizer step was skipped: its loss or gradient is not finite")
+        if self._skipped_in_a_row >= self.config.optimizer.max_skipped_steps:
+            raise TrainingStopped(
+                f"{self._skipped_in_a_row} optimizer steps in a row had a non-finite loss or gradient "
+                "(optimizer.max_skipped_steps): lower optimizer.lr, or look at the newest samples"
+            )
+        return result
 
     # Batches
 
@@ -105,15 +143,24 @@ class Session(contextlib.ExitStack):
     # Servers
 
     @functools.cached_property
+    def _engines(self) -> Engines:
+        """This rank's own way to the servers; waits until they are up."""
+        rollout = self.config.rollout
+        engines = Engines(
+            server.addresses(self.config),
+            server.secret(),
+            rollout.request_timeout_s,
+            self._end_tokens(),
+            rollout.update_timeout_s,
+        )
+        engines.wait_until_healthy(rollout.start_timeout_s)
+        return engines
+
+    @functools.cached_property
     def experience(self) -> Experience:
         """Engines and graders, on the first rank of each replica; waits until the servers are up."""
-        engines = None
-        if is_replica_leader() and not self.config.rollout.replay:
-            rollout = self.config.rollout
-            where, limits = server.addresses(self.config), (rollout.request_timeout_s, rollout.update_timeout_s)
-            engines = Engines(where, server.secret(), limits[0], self._end_tokens(), limits[1])
-            engines.wait_until_healthy(rollout.start_timeout_s)
-        return self.enter_context(Experience(self.config, engines, self.tokenizer))
+        speaks = is_replica_leader() and not self.config.rollout.replay
+        return self.enter_context(Experience(self.config, self._engines if speaks else None, self.tokenizer))
 
     @functools.cached_property
     def _weight_sync(self) -> ShardSync | IpcSync:
@@ -129,13 +176,13 @@ class Session(contextlib.ExitStack):
         return self.enter_context(sync)
 
     def rest_servers(self) -> None:
-        """With rollout.sleep: until the next push the servers' GPUs are the trainer's.
+        """With rollout.sleep: until the next push the servers' GPUs are the trainer's. Waits for servers that start.
 
         Collectives: a barrier, for the replicas that still sample, and one object broadcast.
         """
         if self.config.rollout.sleep and not self.config.rollout.replay:
             dist.barrier()
-            from_rank_0(lambda: self.experience.engines.sleep())
+            from_rank_0(lambda: self._engines.sleep())
             self._asleep = True
 
     def _wake_servers(self, what: str) -> None:
@@ -143,32 +190,31 @@ class Session(contextlib.ExitStack):
             # What the trainer's allocator merely keeps, the servers need.
             torch.cuda.empty_cache()
             dist.barrier()
-            from_rank_0(lambda: self.experience.engines.wake_up(what))
+            from_rank_0(lambda: self._engines.wake_up(what))
 
-    def push_weights(self, version: int) -> dict[str, float]:
-        """Make the servers serve the policy's weights as `version`, and stop the run unless they do."""
+    def push_weights(self, version: int, problems: list[Prompt]) -> dict[str, float]:
+        """Make the servers serve the policy's weights as `version`, and stop the run unless they do.
+
+        problems: data whose first prompts the canary asks about.
+        """
         if self.config.rollout.replay:
             return {}
         self._wake_servers("weights")
         self._weight_sync.push(version)
         self._wake_servers("kv_cache")
         self._asleep = False
-        probes, expected = self._probe()
-        tolerance = self.config.rollout.canary_tolerance or _TOLERANCE[server.dtype(self.config)]
-        gap = from_rank_0(
-            lambda: check_servers(self.experience.engines, self._weight_sync, version, probes, expected, tolerance)
-        )
-        return {"weights/canary_logprob_gap": gap}
-
-    def _probe(self) -> tuple[list[list[int]], list[list[float]]]:
-        """Fixed random token sequences and the policy's log-probs of all but their first tokens, at temperature 1."""
-        size = self.architecture.vocab_size
-        generator = torch.Generator().manual_seed(0)
-        length = min(_PROBE_TOKENS, self.config.rollout.context_tokens - 1)
         # One for each pipeline stage: an interleaved schedule wants a multiple of them.
         count = max(2, self.config.parallel.pipeline)
-        probes = torch.randint(0, size, (count, length), generator=generator).tolist()
-        batch = self.make_batch([p[:1] for p in probes], [p[1:] for p in probes])
+        prompts = [problems[i % len(problems)].token_ids for i in range(count)]
+        prompts, texts = from_rank_0(lambda: self._canary.probes(self._engines, prompts))
+        expected = self._logprobs(prompts, texts)
+        probes = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+        gap = from_rank_0(lambda: self._canary.check(self._engines, self._weight_sync, version, probes, expected))
+        return {"weights/canary_logprob_gap": gap}
+
+    def _logprobs(self, prompts: list[list[int]], texts: list[list[int]]) -> list[list[float]]:
+        """The policy's log-probs of the texts' tokens, at temperature 1."""
+        batch = self.make_batch(prompts, texts)
 
         def logprobs(batch, index, hidden_states, head_weight):
             return token_statistics(
@@ -176,11 +222,11 @@ class Session(contextlib.ExitStack):
                 head_weight,
                 batch.targets,
                 temperature=1.0,
-                vocab_size=size,
+                vocab_size=self.architecture.vocab_size,
                 tp_group=parallel_state.get_tensor_model_parallel_group(),
             ).logprobs.tolist()
 
-        return probes, broadcast_from_last_stage(self.policy.forward(batch.split(1), logprobs))
+        return broadcast_from_last_stage(self.policy.forward(batch.split(1), logprobs))
 
     def _end_tokens(self) -> list[int]:
         """Whatever the model's own generation settings call an end."""

@@ -29,13 +29,14 @@ def sft(config: Config) -> bool:
             with session.log.phase("policy"):
                 rows = [solutions[i] for i in order.take(progress.prompts, config.sft.batch_size, *session.replica)]
                 batch = session.make_batch([row.prompt_ids for row in rows], [row.response_ids for row in rows])
-                result = session.policy.step(batch.split(config.batch.micro_batch_size), loss)
+                result = session.step(batch.split(config.batch.micro_batch_size), loss)
             progress = Progress(progress.step + 1, progress.prompts + config.sft.batch_size)
             metrics = {
                 "policy/loss": result.metrics["loss"] / result.metrics["tokens"],
                 "policy/entropy": result.metrics["entropy"] / result.metrics["tokens"],
                 "policy/grad_norm": result.grad_norm,
                 "policy/lr": result.lr,
+                "policy/skipped_steps": float(result.skipped),
                 "rollout/tokens": result.metrics["tokens"],
             }
             session.log.write(progress.step, metrics)

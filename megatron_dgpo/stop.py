@@ -43,6 +43,7 @@ def asked() -> bool:
     import torch.distributed as dist
 
     pending = bool(SIGNALS & signal.sigpending())
-    flag = torch.tensor(int(pending), device=torch.cuda.current_device())
+    # On the host, so over gloo: on the device all ranks would keep an NCCL communicator, with its buffers, for this.
+    flag = torch.tensor(int(pending))
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag.item())

@@ -24,10 +24,6 @@ from megatron_dgpo.session import Session
 from megatron_dgpo.statistics import token_statistics
 
 
-class TrainingStopped(RuntimeError):
-    """Training cannot go on; says why."""
-
-
 def train(config: Config) -> bool:
     """Run or continue the training run of `run.dir`; False if it was asked to stop before its last step.
 
@@ -42,7 +38,7 @@ def train(config: Config) -> bool:
         updates = Updates(session, reference)
         progress = session.restore()
         log.start(progress.step, config.run.steps)
-        session.push_weights(progress.weight_version)
+        session.push_weights(progress.weight_version, problems)
         if progress.step == 0:
             log.write(0, evaluate(session, held_out, 0))
         stopped = stop.asked()
@@ -54,7 +50,7 @@ def train(config: Config) -> bool:
                 session.rest_servers()
             metrics = updates.make(scored)
             with log.phase("weights"):
-                metrics |= session.push_weights(step)
+                metrics |= session.push_weights(step, problems)
             progress = Progress(step, progress.prompts + config.rollout.prompts_per_step, step)
             if last or (config.eval.every and step % config.eval.every == 0):
                 with log.phase("eval"):
@@ -76,7 +72,6 @@ class Updates:
     def __init__(self, session: Session, reference: Reference | None) -> None:
         self._session, self._reference = session, reference
         self._policy, self._config = session.policy, session.config
-        self._skipped_in_a_row = 0
         self._warned = False
 
     def make(self, scored: list[Scored]) -> dict[str, float]:
@@ -112,8 +107,8 @@ class Updates:
         for first in range(0, len(micro_batches), share):
             part = slice(first, first + share)
             loss = self._loss(reference_states[part], sampling[part])
-            results.append(self._policy.step(micro_batches[part], loss, more=part.stop < len(micro_batches)))
-            self._count_skipped(results[-1].skipped)
+            more = part.stop < len(micro_batches)
+            results.append(self._session.step(micro_batches[part], loss, more))
         return results
 
     def _batch(self, scored: list[Scored]) -> Batch:
@@ -167,16 +162,6 @@ class Updates:
             return policy_objective(statistics, batch, weights, old_logprobs, algorithm)
 
         return loss
-
-    def _count_skipped(self, skipped: bool) -> None:
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
-        if skipped:
-            self._session.log.warn("an optimizer step was skipped: its loss or gradient is not finite")
-        if self._skipped_in_a_row >= self._config.optimizer.max_skipped_steps:
-            raise TrainingStopped(
-                f"{self._skipped_in_a_row} optimizer steps in a row had a non-finite loss or gradient "
-                "(optimizer.max_skipped_steps): lower optimizer.lr, or look at the newest samples"
-            )
 
     def _warn_of_degenerate_credit(self, metrics: dict[str, float]) -> None:
         """Say once that the weights have become uniform, or one token's. At π = ρ they are uniform by definition."""

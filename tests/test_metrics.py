@@ -47,7 +47,7 @@ def _run(run_dir, steps, done=0, value=0.0):
             log.write(step, {"rollout/reward": value + step, "policy/entropy": 0.5})
 
 
-def test_both_files_hold_the_same_metrics(tmp_path):
+def test_both_files_hold_the_same_metrics(tmp_path, capsys):
     with MetricsLog(tmp_path, "train", visible=True) as log:
         log.start(0, 2)
         log.write(0, {"eval/accuracy": 0.25})
@@ -56,13 +56,15 @@ def test_both_files_hold_the_same_metrics(tmp_path):
     rows = read_metrics(tmp_path / "metrics" / "train.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert rows[0]["eval/accuracy"] == 0.25 and rows[2]["policy/grad_norm"] == 2.0
-    # Strict JSON readers know no NaN.
-    assert "policy/grad_norm" not in rows[1] and "policy/loss" not in rows[1]
+    # Strict JSON readers know no NaN; nobody should overlook one.
+    assert rows[1]["policy/grad_norm"] is rows[1]["policy/loss"] is None
+    assert "loss inf" in capsys.readouterr().out
     events = _events(tmp_path)
     assert events.keys() == {name for row in rows for name in row} - {"step"}
     for row in rows:
         for name in row.keys() - {"step"}:
-            assert events[name][row["step"]] == pytest.approx(row[name], rel=1e-6)
+            value = events[name][row["step"]]
+            assert value == pytest.approx(row[name], rel=1e-6) if row[name] is not None else not math.isfinite(value)
 
 
 def test_phases_add_up_within_a_step_and_start_anew(tmp_path):

@@ -84,8 +84,8 @@ def write_config(recorded: Path, run_dir: Path, parallel: dict, **sections) -> P
     return path
 
 
-def command(config: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "megatron_dgpo.cli", "train", str(config), *overrides]
+def command(config: Path, *overrides: str, name: str = "train") -> list[str]:
+    return [sys.executable, "-m", "megatron_dgpo.cli", name, str(config), *overrides]
 
 
 def run(config: Path, *overrides: str) -> str:
@@ -240,12 +240,51 @@ def test_non_finite_steps_are_skipped_and_then_stop_the_run(recorded, tmp_path):
     assert not (tmp_path / "run" / "hf").exists()
 
 
+def test_fine_tuning_stops_after_skipped_steps_too(recorded, tmp_path):
+    """A NaN weight: no step can be made, and what comes out would be the model that went in."""
+    poison(recorded / "model", tmp_path / "model", ("model.norm.weight", 3))
+    solutions = [{"question": "1+1", "response": "2"}] * 8
+    (tmp_path / "solutions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in solutions))
+    config = write_config(recorded, tmp_path / "run", {}, model={"path": str(tmp_path / "model")})
+    sft = [f"sft.data={tmp_path / 'solutions.jsonl'}", "sft.steps=6", "sft.batch_size=4"]
+    result = subprocess.run(command(config, *sft, name="sft"), capture_output=True, text=True, timeout=240)
+    assert result.returncode != 0
+    assert "3 optimizer steps in a row had a non-finite loss or gradient" in result.stderr
+    assert "skipped" in result.stdout and "loss nan" in result.stdout
+    rows = read_metrics(tmp_path / "run" / "metrics" / "sft.jsonl")
+    assert [(row["policy/loss"], row["policy/skipped_steps"]) for row in rows] == [(None, 1), (None, 1)]
+    assert not (tmp_path / "run" / "hf").exists()
+
+
+def test_a_run_continues_with_new_settings_and_not_with_other_weights(recorded, tmp_path):
+    config = write_config(recorded, tmp_path / "run", {}, run={"steps": 2})
+    run(config)
+    other = make_tiny_model(tmp_path / "other", "qwen2", num_hidden_layers=4, seed=1)
+    for changed, sentence in {
+        f"model.path={other}": f"model.path={other} holds other weights than {recorded / 'model'}, the starting policy",
+        f"model.reference={other}": f"model.reference={other} holds other weights",
+        "run.steps=1": "run.steps=1, but this run has done 2 steps",
+    }.items():
+        result = subprocess.run(command(config, changed), capture_output=True, text=True, timeout=120)
+        assert result.returncode == 2 and sentence in result.stderr, result.stderr
+    moved = tmp_path / "moved"
+    shutil.copytree(recorded / "model", moved)
+    run(config, f"model.path={moved}", "run.steps=3", "optimizer.lr=0.5", "optimizer.schedule=constant")
+    rates = [row["policy/lr"] for row in read_metrics(tmp_path / "run" / "metrics" / "train.jsonl")]
+    assert rates[-1] == 0.5 > max(rates[:-1])
+
+
+def poison(model: Path, target: Path, place: tuple) -> None:
+    """Copy a model and make one value, (name of its tensor, *index), NaN."""
+    shutil.copytree(model, target)
+    tensors = load_file(target / "model.safetensors")
+    tensors[place[0]][place[1:]] = torch.nan
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+
+
 def test_check_finite_names_what_is_not(recorded, tmp_path):
     model = tmp_path / "model"
-    shutil.copytree(recorded / "model", model)
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.embed_tokens.weight"][1, 3] = torch.nan
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    poison(recorded / "model", model, ("model.embed_tokens.weight", 1, 3))
     config = write_config(
         recorded, tmp_path / "run", {"tensor": 2}, run={"check_finite": True}, model={"path": str(model)}
     )

@@ -101,7 +101,7 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
         report.print_layouts(console, plans, work, cluster, options.rows)
         chosen = choose(plans, cluster)
     if chosen:
-        report.print_plan(console, chosen, work, cluster)
+        report.print_plan(console, chosen, sizes, work, cluster)
     if options.json:
         runs = chosen if chosen and chosen.problem is None else None
         options.json.write_text(json.dumps(report.as_json(plans, runs, sizes, work, cluster)) + "\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
@@ -26,8 +28,13 @@ def data_parallel_size(parallel: Parallel, world_size: int) -> int:
     return world_size // model
 
 
-def initialize_parallel(parallel: Parallel, seed: int) -> None:
-    """Make Megatron's process groups and seed its generators. Collective; the default group must exist."""
+def initialize_parallel(parallel: Parallel, seed: int, patience: timedelta | None = None) -> None:
+    """Make Megatron's process groups and seed its generators. Collective; the default group must exist.
+
+    patience: how long a rank waits for another in any group, the default one included. Ranks of a replica wait for the
+    one that samples, and a replica for the others, so a run's must outlast its longest rollout; None: the default
+    group's is as it was, and Megatron's are half an hour.
+    """
     data_parallel_size(parallel, dist.get_world_size())
     chunks = parallel.chunks_per_stage
     parallel_state.initialize_model_parallel(
@@ -37,6 +44,9 @@ def initialize_parallel(parallel: Parallel, seed: int) -> None:
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
     )
+    if patience is not None:
+        # Not by distributed_timeout_minutes: Megatron 0.16 forgets it for a group, of experts over gloo.
+        parallel_state.update_pg_timeout(patience)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 

@@ -250,4 +250,7 @@ def _scheduler(optimizer, settings: OptimizerSettings, steps: int) -> OptimizerP
         end_wd=settings.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
+        # A run that continues takes the settings that it is given now, and from its checkpoint the step alone.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

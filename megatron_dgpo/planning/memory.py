@@ -284,6 +284,40 @@ def ipc_update(sizes: Sizes, tensor: int, e: int) -> float:
     return e * (2 * max(vocab, 2 * matrix) + module * (1 + 1 / tensor)) + 2 * buffer
 
 
+@dataclass(frozen=True)
+class CheckpointMemory:
+    """Bytes that a rank needs for a while beside all else, on the pipeline stage that needs most."""
+
+    saving_first: float
+    """Of host memory, on a rank of the first replica, which writes."""
+    saving_others: float
+    """Of host memory, on any other."""
+    loading: float
+    """Of host memory, on every rank."""
+    loading_device: float
+    """Of its GPU; saving takes none of it."""
+
+
+def checkpoint_memory(sizes: Sizes, work: Workload, trainer: TrainerSide) -> CheckpointMemory:
+    """What checkpoint.py asks for ([M], get_parameter_state_dp_zero over gloo)."""
+    e, shape = work.element_bytes, (trainer.tensor, trainer.pipeline, trainer.chunks, trainer.data, trainer.expert)
+    stages = [
+        static_memory(sizes, stage, *shape, trainer.distributed_optimizer, e) for stage in range(trainer.pipeline)
+    ]
+    n = max(static.numel for static in stages)
+    # Replicas send each other what they have read, one float32 tensor at a time.
+    device = 4.0 * padded_vocab_size(sizes.vocab, trainer.tensor) // trainer.tensor * sizes.h
+    device = device if trainer.data > 1 else 0.0
+    if not trainer.distributed_optimizer:
+        # The writer copies weights and optimizer to the host.
+        held = float(e * n + max(static.optimizer for static in stages))
+        return CheckpointMemory(held, 0.0, held, device)
+    # Master weights and two moments, 4 bytes each: a rank's own share of all three goes to the first replica, which
+    # puts one after the other together out of what arrived, beside its concatenation and the one before.
+    share, whole = 12.0 * n / trainer.data, 12.0 * n
+    return CheckpointMemory(whole + share + 3 * 4.0 * n, share, whole + e * n, device)
+
+
 # Memory of vLLM
 
 # What a sleeping worker keeps of its GPU (level 1: weights go to the host, the cache is dropped).

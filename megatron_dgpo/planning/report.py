@@ -14,7 +14,7 @@ from rich.table import Table
 from megatron_dgpo import sbatch
 from megatron_dgpo.config import Config
 from megatron_dgpo.planning.layout import Workload
-from megatron_dgpo.planning.memory import GIB
+from megatron_dgpo.planning.memory import GIB, CheckpointMemory, checkpoint_memory
 from megatron_dgpo.planning.plan import Plan, settings_of
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.planning.step_time import Cluster
@@ -62,7 +62,7 @@ def print_layouts(console: Console, plans: list[Plan], work: Workload, cluster: 
             console.print()
 
 
-def print_plan(console: Console, plan: Plan, work: Workload, cluster: Cluster) -> None:
+def print_plan(console: Console, plan: Plan, sizes: Sizes, work: Workload, cluster: Cluster) -> None:
     """Memory item by item and time phase by phase."""
     console.print(f"Plan: {plan.trainer} on {plan.trainer.gpus} GPUs; vLLM {plan.rollout} on {plan.rollout.gpus}")
     last = len(plan.stages) - 1
@@ -84,6 +84,7 @@ def print_plan(console: Console, plan: Plan, work: Workload, cluster: Cluster) -
         for name in plan.peaks(0):
             table.add_row(name, *(_gib(plan.peaks(stage)[name]) for stage in stages), "")
     console.print(table)
+    console.print(_checkpoint_line(checkpoint_memory(sizes, work, plan.trainer)) + "\n")
     if plan.problem:
         console.print(f"Does not run: {plan.problem}")
         return
@@ -102,6 +103,14 @@ def print_plan(console: Console, plan: Plan, work: Workload, cluster: Cluster) -
     )
 
 
+def _checkpoint_line(needs: CheckpointMemory) -> str:
+    return (
+        f"For checkpoints a rank needs, beside all that, {_gib(needs.saving_first)} GiB of host memory to save in the "
+        f"first replica and {_gib(needs.saving_others)} in others, and no GPU memory; "
+        f"to load {_gib(needs.loading)} GiB of host memory, and {_gib(needs.loading_device)} of its GPU's."
+    )
+
+
 def as_json(plans: list[Plan], chosen: Plan | None, sizes: Sizes, work: Workload, cluster: Cluster) -> dict:
     """Everything, in bytes and seconds."""
     return {
@@ -110,7 +119,11 @@ def as_json(plans: list[Plan], chosen: Plan | None, sizes: Sizes, work: Workload
         "workload": asdict(work),
         "chosen": None
         if chosen is None
-        else _plan_json(chosen, work) | {"settings": settings_of(chosen, work, cluster.gpus_per_node)},
+        else _plan_json(chosen, work)
+        | {
+            "settings": settings_of(chosen, work, cluster.gpus_per_node),
+            "checkpoint": asdict(checkpoint_memory(sizes, work, chosen.trainer)),
+        },
         "plans": [_plan_json(plan, work) for plan in plans],
     }
 

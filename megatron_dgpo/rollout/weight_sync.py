@@ -241,11 +241,11 @@ def check_servers(
     expected: list[list[float]],
     tolerance: float,
 ) -> float:
-    """Rank 0 only: raise StaleWeightsError unless every server serves the policy's weights; returns the largest gap.
+    """Rank 0 only: raise StaleWeightsError unless every server serves the policy's weights.
 
-    probes: token sequences; expected: the policy's log-prob of every token but the first, at temperature 1. tolerance:
-    mean |difference|. Tiny updates move log-probs less than rounding does, so the version and the checksums of what
-    each worker received are compared too.
+    probes: token sequences; expected: the policy's log-probs of each one's last tokens, at temperature 1. tolerance:
+    mean |difference| of a server; returns the largest of these. Tiny updates move log-probs less than rounding does,
+    so the version and the checksums of what each worker received are compared too.
     """
     gaps = []
     for address in engines.addresses:
@@ -254,17 +254,17 @@ def check_servers(
         if found != str(version) or tensors:
             named = f"; tensors that differ: {_listed(tensors)}" if tensors else ""
             raise StaleWeightsError(f"{address} serves weight version {found}, the policy is at {version}{named}")
-        served = [engines.prompt_logprobs(address, probe) for probe in probes]
         differences = [
-            abs(a - b) for ours, theirs in zip(expected, served, strict=True) for a, b in zip(ours, theirs, strict=True)
+            abs(ours - theirs)
+            for probe, logprobs in zip(probes, expected, strict=True)
+            for ours, theirs in zip(logprobs, engines.prompt_logprobs(address, probe)[-len(logprobs) :], strict=True)
         ]
-        gaps.append(max(differences))
-        mean = sum(differences) / len(differences)
-        if not mean <= tolerance:
+        gaps.append(sum(differences) / len(differences))
+        if not gaps[-1] <= tolerance:
             raise StaleWeightsError(
-                f"{address} gives log-probs {mean:.3g} from the policy's on fixed tokens (at most {tolerance:g} "
-                f"expected) at weight version {version}, although every tensor arrived as it was sent: "
-                "the server loads or computes them differently"
+                f"{address} gives log-probs {gaps[-1]:.3g} from the policy's (at most {tolerance:.3g} expected) at "
+                f"weight version {version}, although every tensor arrived as it was sent: the server loads or computes "
+                "them differently. If this is rounding, raise rollout.canary_tolerance"
             )
     return max(gaps)
 

@@ -1,0 +1,259 @@
+"""What ranks agree on at the start, and what a resumed run takes from where; without a server."""
+
+import copy
+import http.server
+import json
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_dgpo.config import Rollout
+from megatron_dgpo.errors import UsageError
+from megatron_dgpo.manifest import check_origins, fingerprint, origins, read_manifest
+from megatron_dgpo.rollout.canary import Canary
+from megatron_dgpo.rollout.sample import Sample
+from megatron_dgpo.rollout.weight_sync import StaleWeightsError
+from tests.layouts import make_config
+from tests.model.test_policy import build
+from tests.ranks import run_ranks
+from tests.tiny_models import make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("session") / "tiny", "qwen3", num_hidden_layers=2)
+
+
+# Groups
+
+
+def timeouts_and_flag(model_dir):
+    """(time limits of all of Megatron's groups, whether `stop.asked` looked for a device)."""
+    import torch.distributed as dist
+
+    from megatron_dgpo import stop
+    from megatron_dgpo.model.device import init_device
+    from megatron_dgpo.model.parallel import initialize_parallel
+    from megatron_dgpo.session import patience
+
+    init_device()
+    config = make_config(model_dir, {"tensor": 2}, rollout={"request_timeout_s": 7200})
+    initialize_parallel(config.parallel, 1, patience(config))
+    groups = list(dist.distributed_c10d._world.pg_map)
+    limits = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+    asked, current_device = [], torch.cuda.current_device
+    torch.cuda.current_device = lambda: asked.append(True) or current_device()
+    assert not stop.asked()
+    torch.cuda.current_device = current_device
+    return len(groups), limits, asked
+
+
+def test_every_group_waits_as_long_as_a_rollout_may_take(model):
+    for count, limits, asked in run_ranks(timeouts_and_flag, 2, model):
+        assert count > 10 and limits == {timedelta(seconds=7200 + 600)}
+        # A flag on a device would make an NCCL communicator of the whole world.
+        assert not asked
+
+
+# Servers that share the GPUs
+
+
+class SlowToStart(http.server.BaseHTTPRequestHandler):
+    def answer(self):
+        self.server.events.append(f"{self.command} {self.path}")
+        up = self.path != "/health" or self.server.events.count("GET /health") > 2
+        self.send_response(200 if up else 503)
+        self.end_headers()
+
+    do_GET = do_POST = answer
+
+    def log_message(self, *_):
+        pass
+
+
+def events_of_a_start(model_dir, sleep):
+    import os
+
+    from megatron_dgpo import session
+    from megatron_dgpo.rollout.guard import SECRET
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), SlowToStart)
+    events = server.events = []
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    os.environ[SECRET] = "secret"
+    address = f"http://127.0.0.1:{server.server_port}"
+    config = make_config(model_dir, {}, rollout={"sleep": sleep, "addresses": [address], "transport": "ipc"})
+
+    class Made(Exception):
+        pass
+
+    def make(*_):
+        events.append("policy")
+        raise Made
+
+    replaced = {"Policy": make, "initialize_parallel": lambda *_: events.append("groups")}
+    before = {name: getattr(session, name) for name in replaced}
+    world = session.dist.init_process_group, session.dist.destroy_process_group
+    try:
+        session.dist.init_process_group = session.dist.destroy_process_group = lambda *_, **__: None
+        vars(session).update(replaced)
+        session.parallel_state.get_data_parallel_rank = session.parallel_state.get_data_parallel_world_size = lambda: 0
+        with pytest.raises(Made):
+            session.Session(config, "train")
+    finally:
+        vars(session).update(before)
+        session.dist.init_process_group, session.dist.destroy_process_group = world
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    return events
+
+
+def test_shared_servers_sleep_before_the_trainer_takes_memory(model):
+    [events] = run_ranks(events_of_a_start, 1, model, True)
+    assert events == ["GET /health"] * 3 + ["POST /sleep?level=1", "groups", "policy"]
+
+
+# Checkpoints
+
+
+def resumed_with_other_settings(model_dir, folder):
+    """(all_gathers while saving, what a policy with other settings has after loading)."""
+    import torch.distributed as dist
+
+    from megatron_dgpo import checkpoint
+    from megatron_dgpo.manifest import Progress
+    from megatron_dgpo.model.policy import Policy
+
+    parallel = {"data": 2, "distributed_optimizer": True}
+    config, architecture, policy, batch, loss = build(model_dir, parallel, dtype="bfloat16")
+    policy.step(batch.split(2), loss)
+    gathered, all_gather = [], dist.all_gather
+    dist.all_gather = lambda *arguments, **named: gathered.append(arguments) or all_gather(*arguments, **named)
+    checkpoint.save(folder, policy, architecture, Progress(1), 1)
+    dist.all_gather = all_gather
+    settings = {"lr": 4e-3, "min_lr": 1e-3, "schedule": "linear", "weight_decay": 0.5, "beta2": 0.5}
+    config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update=settings)})
+    other = Policy(config, architecture, 4)
+    assert checkpoint.load_newest(folder, other, architecture) == Progress(1)
+    rates = [other.step(batch.split(2), loss).lr for _ in range(3)]
+    groups = [(g["max_lr"], g["min_lr"], g["betas"][1], g["weight_decay"]) for g in other.optimizer.param_groups]
+    return len(gathered), rates, groups
+
+
+def test_a_resumed_run_takes_the_settings_it_is_given_and_saves_without_filling_gpus(model, tmp_path):
+    for gathered, rates, groups in run_ranks(resumed_with_other_settings, 2, model, tmp_path):
+        assert gathered == 0
+        # Two steps of warm-up, of which one was done before; from the peak the rate falls over the new run's length.
+        assert rates == pytest.approx([4e-3, 2.5e-3, 1e-3])
+        assert {(peak, least, beta) for peak, least, beta, _ in groups} == {(4e-3, 1e-3, 0.5)}
+        assert {decay for *_, decay in groups} == {0.0, 0.5}
+
+
+def test_fingerprints_tell_weights_apart_and_not_places(model, tmp_path):
+    same = make_tiny_model(tmp_path / "same", "qwen3", num_hidden_layers=2)
+    other = make_tiny_model(tmp_path / "other", "qwen3", num_hidden_layers=2, seed=1)
+    assert fingerprint(model) == fingerprint(same) != fingerprint(other)
+
+
+@pytest.mark.parametrize("setting", ["path", "reference"])
+def test_another_start_or_reference_is_refused(model, tmp_path, setting):
+    other = make_tiny_model(tmp_path / "other", "qwen3", num_hidden_layers=2, seed=1)
+    manifest = {"origins": origins(make_config(model), "train")}
+    changed = origins(make_config(model, model={setting: other}), "train")
+    with pytest.raises(UsageError, match=f"model.{setting}={other} holds other weights than {model}"):
+        check_origins(Path("step_1"), manifest, changed)
+    moved = make_tiny_model(tmp_path / "moved", "qwen3", num_hidden_layers=2)
+    check_origins(Path("step_1"), manifest, origins(make_config(moved), "train"))
+    # Neither GRPO nor fine-tuning has a reference.
+    check_origins(Path("step_1"), manifest, {"model.path": manifest["origins"]["model.path"]})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        "[]",
+        json.dumps({"progress": {"step": "1"}, "architecture": {}, "files": {}}),
+        json.dumps({"progress": {}, "architecture": {}, "files": []}),
+        json.dumps({"progress": {}, "architecture": {}, "files": {"a": 1}}),
+        json.dumps({"progress": {}, "architecture": {}, "files": {}, "origins": 1}),
+    ],
+)
+def test_what_is_no_manifest_is_none(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    assert read_manifest(tmp_path) is None
+
+
+# The canary
+
+
+class Served:
+    """A server whose bfloat16 model is at hand."""
+
+    addresses = ("here",)
+
+    def __init__(self, model):
+        self.model = model
+
+    def weight_version(self, address):
+        return "0"
+
+    def differing_tensors(self, address):
+        return []
+
+    def prompt_logprobs(self, address, token_ids):
+        return logprobs(self.model, token_ids)
+
+    def generate(self, prompts, n, temperature, max_tokens, seeds):
+        ids = torch.tensor([prompt.token_ids for prompt in prompts])
+        rows = self.model.generate(ids, max_new_tokens=max_tokens, do_sample=False, pad_token_id=0, eos_token_id=None)
+        return [Sample(p, r[ids.shape[1] :].tolist(), [], "length", 0) for p, r in zip(prompts, rows, strict=True)]
+
+
+@torch.no_grad()
+def logprobs(model, token_ids):
+    ids = torch.tensor(token_ids)
+    return torch.log_softmax(model(ids[None]).logits[0, :-1].float(), -1).gather(-1, ids[1:, None])[:, 0].tolist()
+
+
+@pytest.fixture(scope="module")
+def policy_and_server(tmp_path_factory):
+    """Float32 and bfloat16 of the same values, with logits as large as real models have (standard deviation 12)."""
+    from transformers import AutoModelForCausalLM
+
+    path = make_tiny_model(tmp_path_factory.mktemp("deep") / "model", "qwen3", num_hidden_layers=24)
+    policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    policy.lm_head.weight.data *= 16
+    return copy.deepcopy(policy).float(), policy
+
+
+def ask(canary, policy, server):
+    generator = torch.Generator().manual_seed(1)
+    prompts, texts = canary.probes(server, torch.randint(3, 131, (2, 8), generator=generator).tolist())
+    expected = [logprobs(policy, p + t)[-len(t) :] for p, t in zip(prompts, texts, strict=True)]
+    return canary.check(server, server, 0, [p + t for p, t in zip(prompts, texts, strict=True)], expected)
+
+
+def test_rounding_does_not_alarm_the_canary_and_a_wrong_server_does(policy_and_server):
+    policy, served = policy_and_server
+    random = torch.randint(3, 131, (48,), generator=torch.Generator().manual_seed(0)).tolist()
+    pairs = zip(logprobs(policy, random), logprobs(served, random), strict=True)
+    # What was asked before, of a tolerance of 0.1.
+    assert sum(abs(a - b) for a, b in pairs) / 47 > 0.1
+    server, canary = Served(served), Canary(Rollout(), "bfloat16")
+    assert ask(canary, policy, server) < 0.1
+    assert ask(canary, policy, server) < 0.1
+    with pytest.raises(StaleWeightsError, match=r"at most 0\.001 expected"):
+        ask(Canary(Rollout(), "float32"), policy, server)
+    with pytest.raises(StaleWeightsError, match="rollout.canary_tolerance"):
+        ask(Canary(Rollout(canary_tolerance=1e-4), "bfloat16"), policy, server)
+    wrong = copy.deepcopy(served)
+    wrong.model.layers[12].mlp.down_proj.weight.data *= -1
+    for alarmed in (canary, Canary(Rollout(), "bfloat16")):
+        with pytest.raises(StaleWeightsError, match="computes them differently"):
+            ask(alarmed, policy, Served(wrong))
