@@ -40,8 +40,7 @@ from megatron_dgpo.weights.resharding import (
     TrainerLayout,
     VllmLayout,
     block,
-    buckets,
-    plan_moves,
+    plan_buckets,
     vllm_blocks,
     vllm_parameters,
     vllm_shape,
@@ -107,15 +106,14 @@ def process(rank: int, trainer: TrainerLayout, vllm: VllmLayout, options, ports:
     receivers = dist.new_group([0, *range(trainer.world_size, size)])
     worker = rank - trainer.world_size
     numel = options.bucket_mib * 2**20 // DTYPE.itemsize
-    plan = list(buckets(plan_moves(ARCHITECTURE, trainer, vllm), numel))
+    own = {"worker": worker} if worker >= 0 else {"rank": rank}
+    mine = plan_buckets(ARCHITECTURE, trainer, vllm, numel, **own)
     received = 0
     if worker < 0:
         shards = trainer_shards(trainer, rank)
-        mine = [[move for move in bucket if move.rank == rank] for bucket in plan]
         live = {}
     else:
         shards = {}
-        mine = [[move for move in bucket if move.worker == worker] for bucket in plan]
         shapes = {name: vllm_shape(ARCHITECTURE, parameter, vllm) for name, parameter in PARAMETERS.items()}
         live = {name: torch.zeros(shape, dtype=DTYPE) for name, shape in shapes.items()}
         # What the copy starts from: not this machine's page of zeros, which many addresses share.

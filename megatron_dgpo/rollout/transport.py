@@ -30,9 +30,8 @@ from megatron_dgpo.weights.resharding import (
     Move,
     TrainerLayout,
     VllmLayout,
-    buckets,
     checksum,
-    plan_moves,
+    plan_buckets,
     vllm_parameters,
     vllm_shape,
     wrapped_sum,
@@ -92,10 +91,7 @@ class ShardEngine(WeightTransferEngine):
         parameters = vllm_parameters(architecture)
         self._shapes = {name: vllm_shape(architecture, parameter, vllm) for name, parameter in parameters.items()}
         self._check_shapes()
-        self._buckets = [
-            [move for move in bucket if move.worker == self._worker]
-            for bucket in buckets(plan_moves(architecture, trainer, vllm), init_info.bucket_numel)
-        ]
+        self._buckets = plan_buckets(architecture, trainer, vllm, init_info.bucket_numel, worker=self._worker)
         moves = list(itertools.chain.from_iterable(self._buckets))
         # Rows of the vocabulary; padding follows them.
         self._rows = {

@@ -29,9 +29,8 @@ from megatron_dgpo.weights.resharding import (
     Move,
     TrainerLayout,
     VllmLayout,
-    buckets,
     checksum,
-    plan_moves,
+    plan_buckets,
     vllm_parameters,
     vllm_shape,
     wrapped_sum,
@@ -78,10 +77,7 @@ class ShardSync:
             name: vllm_shape(architecture, parameter, vllm) for name, parameter in vllm_parameters(architecture).items()
         }
         numel = max(1, rollout.bucket_bytes // dtype.itemsize)
-        self._buckets = [
-            [move for move in bucket if move.rank == rank]
-            for bucket in buckets(plan_moves(architecture, trainer, vllm), numel)
-        ]
+        self._buckets = plan_buckets(architecture, trainer, vllm, numel, rank=rank)
         self._expected: dict[tuple[int, str], int] = {}
         self._first_worker, self._group = trainer.world_size, None
         self._timeout_s = rollout.transfer_timeout_s

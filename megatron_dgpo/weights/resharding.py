@@ -1,16 +1,15 @@
 """Which bytes go from which trainer rank to which vLLM worker: exactly each worker's own shard, once.
 
-The plan follows from the two layouts alone, so that every rank and every worker works out its own part of it. Replicas
-of a block share the sending evenly.
+The plan follows from the two layouts alone: every rank and every worker works out its own moves and nothing else, and
+both sides of a move find the same sender for it, the same bucket and the same place in their message.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -53,18 +52,16 @@ class TrainerLayout:
             return int(parts[2]) // per_chunk % self.pipeline
         return 0 if name.startswith("embedding.") else self.pipeline - 1
 
-    def holders(self, architecture: Architecture, name: str) -> Iterator[tuple[list[Slice], list[int]]]:
-        """(shard, ranks that hold it) of a Megatron parameter, for every shard of it."""
+    def holders(self, architecture: Architecture, name: str) -> tuple[range, ...]:
+        """The ranks that hold each shard of a Megatron parameter; of one that is held whole there is one shard."""
         first, expert = self.rank(0, self.stage(architecture, name), 0), expert_of(name)
         ranks = range(first, first + self.tensor * self.data)
         if expert is not None:
             owner = expert * self.expert // architecture.num_experts
-            yield shard_slices(architecture, name, 0, 1), [r for r in ranks if self.expert_rank(r) == owner]
-        elif architecture.parameters[name][0] == "copy":
-            yield shard_slices(architecture, name, 0, 1), list(ranks)
-        else:
-            for tensor in range(self.tensor):
-                yield shard_slices(architecture, name, tensor, self.tensor), list(ranks[tensor :: self.tensor])
+            return (ranks[owner :: self.expert],)
+        if architecture.parameters[name][0] == "copy":
+            return (ranks,)
+        return tuple(ranks[tensor :: self.tensor] for tensor in range(self.tensor))
 
 
 @dataclass(frozen=True)
@@ -110,6 +107,8 @@ class VllmParameter:
     split: str
     experts: list[list[str]]
     """The Hugging Face tensors of each expert; of a parameter that is not of experts, all in one list."""
+    names: list[str]
+    """The Megatron parameter that holds the same tensors, for each expert."""
     stacked: bool
 
 
@@ -131,7 +130,7 @@ class Block:
         return cls(part.name, start, (*shape[: part.dim], part.length, *shape[part.dim + 1 :]), (*stack, *at))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Move:
     """A block of a trainer rank's shard becomes a block of a worker's."""
 
@@ -172,11 +171,13 @@ def vllm_parameters(architecture: Architecture) -> dict[str, VllmParameter]:
     for name, (split, *sources) in architecture.parameters.items():
         if expert_of(name) is None:
             fused = sources[0].replace(".q_proj.", ".qkv_proj.").replace(".gate_proj.", ".gate_up_proj.")
-            found[fused] = VllmParameter(split, [sources], stacked=False)
+            found[fused] = VllmParameter(split, [sources], [name], stacked=False)
         else:
             experts = sources[0].partition(".experts.")[0] + ".experts.routed_experts."
             stack = experts + ("w13_weight" if split == "gate_up" else "w2_weight")
-            found.setdefault(stack, VllmParameter(split, [], stacked=True)).experts.append(sources)
+            parameter = found.setdefault(stack, VllmParameter(split, [], [], stacked=True))
+            parameter.experts.append(sources)
+            parameter.names.append(name)
     return found
 
 
@@ -184,18 +185,21 @@ def vllm_blocks(
     architecture: Architecture, parameter: VllmParameter, worker: int, layout: VllmLayout
 ) -> Iterator[Block]:
     """The blocks that make up the shard of one worker, counted within its server."""
-    size = layout.tensor
     for expert, sources in enumerate(parameter.experts):
-        if not parameter.stacked:
-            parts = _vllm_slices(architecture, parameter.split, sources, worker, size)
-            yield from (Block.of_slice(part, architecture) for part in parts)
-        elif not layout.expert_parallel:
-            parts = _vllm_slices(architecture, parameter.split, sources, worker, size)
-            yield from (Block.of_slice(part, architecture, expert) for part in parts)
-        elif expert * size // architecture.num_experts == worker:
-            place = expert % (architecture.num_experts // size)
-            parts = _vllm_slices(architecture, parameter.split, sources, 0, 1)
-            yield from (Block.of_slice(part, architecture, place) for part in parts)
+        first, size, stack = _cut_over(architecture, parameter, expert, layout)
+        if first <= worker < first + size:
+            parts = _vllm_slices(architecture, parameter.split, sources, worker - first, size)
+            yield from (Block.of_slice(part, architecture, *stack) for part in parts)
+
+
+def _cut_over(
+    architecture: Architecture, parameter: VllmParameter, expert: int, layout: VllmLayout
+) -> tuple[int, int, tuple[int, ...]]:
+    """(first, number) of a server's workers that an expert is cut over, and its place in each one's stack of them."""
+    if not (parameter.stacked and layout.expert_parallel):
+        return 0, layout.tensor, (expert,) if parameter.stacked else ()
+    worker, place = divmod(expert, architecture.num_experts // layout.tensor)
+    return worker, 1, (place,)
 
 
 def vllm_shape(architecture: Architecture, parameter: VllmParameter, layout: VllmLayout) -> tuple[int, ...]:
@@ -203,9 +207,11 @@ def vllm_shape(architecture: Architecture, parameter: VllmParameter, layout: Vll
     if parameter.split == "vocab":
         [[name]] = parameter.experts
         return _vllm_vocab_rows(architecture, layout.tensor), architecture.hf_shapes[name][1]
-    last = list(vllm_blocks(architecture, parameter, 0, layout))[-1]
-    lengths = (1,) * (len(last.shard_start) - len(last.shape)) + last.shape
-    return tuple(start + length for start, length in zip(last.shard_start, lengths, strict=True))
+    _, size, _ = _cut_over(architecture, parameter, 0, layout)
+    last = _vllm_slices(architecture, parameter.split, parameter.experts[0], 0, size)[-1]
+    block = Block.of_slice(last, architecture)
+    shape = tuple(start + length for start, length in zip(block.shard_start, block.shape, strict=True))
+    return (len(parameter.experts) * size // layout.tensor, *shape) if parameter.stacked else shape
 
 
 def _vllm_slices(architecture: Architecture, split: str, sources: list[str], tp_rank: int, tp_size: int) -> list[Slice]:
@@ -242,32 +248,83 @@ def _padded_vocab(architecture: Architecture) -> int:
     return -(-architecture.vocab_size // _VLLM_VOCAB_MULTIPLE) * _VLLM_VOCAB_MULTIPLE
 
 
-def plan_moves(architecture: Architecture, trainer: TrainerLayout, vllm: VllmLayout) -> list[Move]:
-    """Every worker's shards, each byte from one rank, in the order of `vllm_parameters`."""
-    holders: dict[str, list[tuple[Block, str, list[int]]]] = defaultdict(list)
-    for name in architecture.parameters:
-        for parts, ranks in trainer.holders(architecture, name):
-            for part in parts:
-                holders[part.name].append((Block.of_slice(part, architecture), name, ranks))
-    sent: dict[int, int] = defaultdict(int)
-    moves = []
+@dataclass(frozen=True, slots=True)
+class _Want:
+    """What one of the workers that a tensor is cut over wants of one of the trainer's shards of it."""
+
+    worker: int
+    """Among the workers that the tensor is cut over."""
+    shard: int
+    number: int
+    """Among the workers that want anything of this shard, of which there are `count`."""
+    count: int
+    source_start: tuple[int, ...]
+    target_start: tuple[int, ...]
+    """Without the place in a stack of experts."""
+    shape: tuple[int, ...]
+
+
+def plan_moves(
+    architecture: Architecture,
+    trainer: TrainerLayout,
+    vllm: VllmLayout,
+    rank: int | None = None,
+    worker: int | None = None,
+) -> Iterator[Move]:
+    """The moves of one trainer rank, or to one worker, or all; in the same order, that of `vllm_parameters`.
+
+    The holders of a shard take turns: its n-th request, over the workers that want some of it and over all shards of
+    the same form on the same ranks, goes to the (n mod holders)-th. So each serves as many workers as another, one more
+    or less, and where that comes out even a worker keeps to its few senders from layer to layer.
+    """
+    forms: dict[tuple, list[_Want]] = {}
+    earlier: Counter[tuple] = Counter()
     for target, parameter in vllm_parameters(architecture).items():
-        for worker in range(vllm.num_workers):
-            for wanted in vllm_blocks(architecture, parameter, worker % vllm.tensor, vllm):
-                for held, source, ranks in holders[wanted.name]:
-                    common = _intersection(wanted, held)
-                    if common is None:
-                        continue
-                    start, shape = common
-                    rank = min(ranks, key=lambda rank: (sent[rank], rank))
-                    sent[rank] += math.prod(shape)
-                    places = _within(held, start), _within(wanted, start)
-                    moves.append(Move(rank, worker, source, places[0], target, places[1], shape))
-    return moves
+        shapes = tuple(architecture.hf_shapes[source] for source in parameter.experts[0])
+        for expert, (name, sources) in enumerate(zip(parameter.names, parameter.experts, strict=True)):
+            holders = trainer.holders(architecture, name)
+            first, size, stack = _cut_over(architecture, parameter, expert, vllm)
+            form = (parameter.split, shapes, len(holders), size)
+            if form not in forms:
+                forms[form] = list(_wants(architecture, name, len(holders), sources, size))
+            turn = earlier[form, holders] * vllm.servers
+            earlier[form, holders] += 1
+            for want in forms[form]:
+                ranks = holders[want.shard]
+                if rank is not None and rank not in ranks:
+                    continue
+                receivers = range(first + want.worker, vllm.num_workers, vllm.tensor)
+                for receiver in receivers if worker is None else {worker}.intersection(receivers):
+                    request = (turn + receiver // vllm.tensor) * want.count + want.number
+                    sender = ranks[request % len(ranks)]
+                    if rank is None or rank == sender:
+                        places = want.source_start, target, (*stack, *want.target_start)
+                        yield Move(sender, receiver, name, *places, want.shape)
+
+
+def _wants(architecture: Architecture, name: str, shards: int, sources: list[str], size: int) -> Iterator[_Want]:
+    """Of a Megatron parameter in so many shards and its Hugging Face tensors, which vLLM cuts over `size` workers."""
+    split = architecture.parameters[name][0]
+    wanted = [
+        [Block.of_slice(part, architecture) for part in _vllm_slices(architecture, split, sources, worker, size)]
+        for worker in range(size)
+    ]
+    for shard in range(shards):
+        held = [Block.of_slice(part, architecture) for part in shard_slices(architecture, name, shard, shards)]
+        common = {
+            worker: [(a, b, both) for a in blocks for b in held if (both := _intersection(a, b))]
+            for worker, blocks in enumerate(wanted)
+        }
+        workers = [worker for worker, found in common.items() if found]
+        for number, worker in enumerate(workers):
+            for want, have, (start, shape) in common[worker]:
+                yield _Want(worker, shard, number, len(workers), _within(have, start), _within(want, start), shape)
 
 
 def _intersection(a: Block, b: Block) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """(start, shape) in their common Hugging Face tensor."""
+    if a.name != b.name:
+        return None
     start = tuple(max(pair) for pair in zip(a.start, b.start, strict=True))
     ends = (min(i + m, j + n) for i, m, j, n in zip(a.start, a.shape, b.start, b.shape, strict=True))
     shape = tuple(end - first for end, first in zip(ends, start, strict=True))
@@ -276,38 +333,51 @@ def _intersection(a: Block, b: Block) -> tuple[tuple[int, ...], tuple[int, ...]]
 
 def _within(block: Block, start: tuple[int, ...]) -> tuple[int, ...]:
     """Where in the block's shard the element `start` of the Hugging Face tensor lies."""
-    stack = len(block.shard_start) - len(start)
-    own = zip(block.shard_start[stack:], start, block.start, strict=True)
-    return (*block.shard_start[:stack], *(at + first - begin for at, first, begin in own))
+    own = zip(block.shard_start, start, block.start, strict=True)
+    return tuple(at + first - begin for at, first, begin in own)
 
 
-def buckets(moves: list[Move], bucket_numel: int) -> Iterator[list[Move]]:
-    """All moves in order, as many at a time as no worker gets more than bucket_numel elements of.
+def plan_buckets(
+    architecture: Architecture,
+    trainer: TrainerLayout,
+    vllm: VllmLayout,
+    bucket_numel: int,
+    rank: int | None = None,
+    worker: int | None = None,
+) -> list[list[Move]]:
+    """The moves of `plan_moves` cut into buckets; those without a move of this rank or worker are there too, empty.
 
-    A move that is larger is cut between rows; one row always fits.
+    A worker's shards, one after the other, are cut every so many elements, and every move to a shard is cut between its
+    rows in the shard's own proportions: all workers and all senders of a shard are busy in each of its buckets. No
+    worker gets, and no rank sends, more than bucket_numel elements and one row of every move in a bucket.
     """
-    found: list[Move] = []
-    filled: dict[int, int] = defaultdict(int)
-    for part in itertools.chain.from_iterable(_cut(move, bucket_numel) for move in moves):
-        if filled[part.worker] + part.numel > bucket_numel and found:
-            yield found
-            found, filled = [], defaultdict(int)
-        found.append(part)
-        filled[part.worker] += part.numel
-    if found:
-        yield found
+    # Where more workers than a pipeline stage has ranks want its layers, a rank sends to several at once.
+    numel = max(1, bucket_numel // math.ceil(vllm.num_workers / (trainer.tensor * trainer.data)))
+    spans, end = {}, 0
+    for name, parameter in vllm_parameters(architecture).items():
+        start, end = end, end + math.prod(vllm_shape(architecture, parameter, vllm))
+        spans[name] = start, end
+    buckets: list[list[Move]] = [[] for _ in range(math.ceil(end / numel))]
+    for move in plan_moves(architecture, trainer, vllm, rank, worker):
+        start, end = spans[move.target]
+        rows = move.shape[0]
+        for number in range(start // numel, math.ceil(end / numel)):
+            edges = (min(max(edge * numel - start, 0), end - start) for edge in (number, number + 1))
+            first, last = (rows * edge // (end - start) for edge in edges)
+            if first < last:
+                buckets[number].append(_rows(move, first, last))
+    return buckets
 
 
-def _cut(move: Move, most_numel: int) -> Iterator[Move]:
+def _rows(move: Move, first: int, last: int) -> Move:
     rows, *row = move.shape
+    if last - first == rows:
+        return move
     stack = len(move.target_start) - len(move.shape)
-    step = max(1, most_numel // math.prod(row))
-    for first in range(0, rows, step):
-        source, target = list(move.source_start), list(move.target_start)
-        source[0] += first
-        target[stack] += first
-        shape = (min(step, rows - first), *row)
-        yield replace(move, source_start=tuple(source), target_start=tuple(target), shape=shape)
+    source, target = list(move.source_start), list(move.target_start)
+    source[0] += first
+    target[stack] += first
+    return Move(move.rank, move.worker, move.source, tuple(source), move.target, tuple(target), (last - first, *row))
 
 
 def checksum(piece: torch.Tensor, shape: tuple[int, ...], start: tuple[int, ...] | None = None) -> int:

@@ -1,16 +1,21 @@
 """The plan: every worker gets exactly the bytes of its own shard, from ranks that hold them, evenly."""
 
+import dataclasses
+import itertools
+import tracemalloc
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_dgpo.config import load_config
 from megatron_dgpo.weights.architectures import expert_of, read_architecture
 from megatron_dgpo.weights.resharding import (
     TrainerLayout,
     VllmLayout,
-    buckets,
     checksum,
+    plan_buckets,
     plan_moves,
     vllm_parameters,
     vllm_shape,
@@ -105,7 +110,8 @@ def check_plan(architecture, full, trainer, vllm):
     }
     written = {key: torch.zeros_like(tensor) for key, tensor in received.items()}
     shards = {}
-    for move in plan_moves(architecture, trainer, vllm):
+    # Many parameters are larger than a bucket, and are cut.
+    for move in itertools.chain.from_iterable(plan_buckets(architecture, trainer, vllm, 20_000)):
         stage = move.rank // (trainer.tensor * trainer.data)
         assert stage == trainer.stage(architecture, move.source)
         place = (move.rank % trainer.tensor, trainer.tensor)
@@ -130,42 +136,98 @@ def check_plan(architecture, full, trainer, vllm):
         assert torch.equal(written[worker, name], once)
 
 
-def test_replicas_share_the_sending(model):
+def few_layouts(architecture):
+    """Of trainer and servers: one for one, replicas that do not come out even, and experts in both ways."""
+    yield TrainerLayout(1, 1, 1, 1), VllmLayout(2, 3)
+    yield TrainerLayout(2, 2, 2, 3), VllmLayout(8, 1)
+    if architecture.num_experts:
+        yield TrainerLayout(2, 1, 1, 2, 4), VllmLayout(2, 3)
+        yield TrainerLayout(1, 2, 1, 4, 2), VllmLayout(4, 2, expert_parallel=True)
+
+
+def test_each_side_plans_its_own_moves_only(model):
+    """Sender and receiver of every message agree on its bucket and on the order of what is in it."""
     architecture, _ = model
-    sent = defaultdict(int)
-    trainer = TrainerLayout(2, 1, 1, 3)
-    for move in plan_moves(architecture, trainer, VllmLayout(2, 3)):
+    for trainer, vllm in few_layouts(architecture):
+        layouts = architecture, trainer, vllm, 20_000
+        cut = plan_buckets(*layouts)
+        for side, count in (("rank", trainer.world_size), ("worker", vllm.num_workers)):
+            for member in range(count):
+                mine = [[move for move in bucket if getattr(move, side) == member] for bucket in cut]
+                assert plan_buckets(*layouts, **{side: member}) == mine
+
+
+@pytest.mark.parametrize("servers", [1, 2, 3, 4, 12])
+@pytest.mark.parametrize("data", [1, 3, 4])
+def test_replicas_share_the_sending(model, servers, data):
+    """Ranks with the same shards differ by what one worker gets of one layer, however they come out."""
+    architecture, _ = model
+    trainer, vllm = TrainerLayout(2, 1, 1, data), VllmLayout(2, servers)
+    sent = {rank: 0 for rank in range(trainer.world_size)}
+    for move in plan_moves(architecture, trainer, vllm):
         sent[move.rank] += move.numel
-    assert len(sent) == trainer.world_size
-    assert max(sent.values()) < 1.1 * min(sent.values())
+    shapes = {name: vllm_shape(architecture, p, vllm) for name, p in vllm_parameters(architecture).items()}
+    once = sum(torch.Size(shape).numel() for name, shape in shapes.items() if ".layers." not in name or ".0." in name)
+    for tensor in range(2):
+        alike = [sent[rank] for rank in range(tensor, trainer.world_size, 2)]
+        assert max(alike) - min(alike) <= (once if servers * 2 % data else 0.1 * max(alike))
 
 
-def test_buckets_keep_order_and_limit(model):
+def test_buckets_keep_their_limits_on_both_sides(model):
     architecture, _ = model
-    moves = plan_moves(architecture, TrainerLayout(2, 2, 1, 1), VllmLayout(2, 1))
-    # Many parameters are larger, and are cut.
-    limit = 1000
-    found = list(buckets(moves, limit))
-    for bucket in found:
-        for worker in range(2):
-            assert sum(move.numel for move in bucket if move.worker == worker) <= limit
-    parts = [move for bucket in found for move in bucket]
-    assert sum(part.numel for part in parts) == sum(move.numel for move in moves) and len(parts) > len(moves)
-    # In order, and each part where the one before it ended.
-    remaining = iter(parts)
-    for move in moves:
-        rows = 0
-        while rows < move.shape[0]:
-            part = next(remaining)
-            assert part.source == move.source and part.target == move.target
-            assert (part.rank, part.worker, part.shape[1:]) == (move.rank, move.worker, move.shape[1:])
-            assert part.source_start == (move.source_start[0] + rows, *move.source_start[1:])
-            stack = len(move.target_start) - len(move.shape)
-            assert part.target_start[:stack] == move.target_start[:stack]
-            assert part.target_start[stack] == move.target_start[stack] + rows
-            assert part.target_start[stack + 1 :] == move.target_start[stack + 1 :]
-            rows += part.shape[0]
-        assert rows == move.shape[0]
+    limit = 4000
+    for trainer, vllm in few_layouts(architecture):
+        for bucket in plan_buckets(architecture, trainer, vllm, limit):
+            for side in ("rank", "worker"):
+                filled, rows = defaultdict(int), defaultdict(int)
+                for part in bucket:
+                    filled[getattr(part, side)] += part.numel
+                    rows[getattr(part, side)] += part.numel // part.shape[0]
+                assert all(filled[key] <= limit + rows[key] for key in filled), (trainer, vllm, side)
+
+
+@pytest.fixture(scope="module")
+def largest():
+    """The largest recipe: its settings, model and layouts, 128 ranks that hold an expert each and 16 servers."""
+    folder = Path(__file__).parents[2] / "examples" / "qwen3-235b-a22b"
+    config = load_config(folder / "config.yaml")
+    parallel, rollout = config.parallel, config.rollout
+    trainer = TrainerLayout(parallel.tensor, parallel.pipeline, 1, parallel.data, parallel.expert)
+    return read_architecture(folder / "model"), trainer, VllmLayout(rollout.tensor, 16), rollout.bucket_bytes // 2
+
+
+@pytest.mark.parametrize("side, other", [("rank", "worker"), ("worker", "rank")])
+def test_the_plan_of_the_largest_recipe_is_small_and_even(largest, side, other):
+    architecture, trainer, vllm, bucket_numel = largest
+    cut = plan_buckets(*largest, **{side: 77})
+    moves = [move for bucket in cut for move in bucket]
+    # An expert is three tensors; each goes to every worker, or comes from every rank.
+    assert len(moves) < 3 * architecture.num_layers * 3 * 128
+    shapes = [vllm_shape(architecture, p, vllm) for p in vllm_parameters(architecture).values()]
+    numel = sum(torch.Size(shape).numel() for shape in shapes)
+    # As many bytes leave a rank as reach a worker, but for the padding of the vocabulary and unlike shares of it.
+    assert sum(move.numel for move in moves) == pytest.approx(numel, rel=1e-3)
+    assert len(cut) == -(-numel // bucket_numel)
+    for bucket in cut:
+        assert len({getattr(move, other) for move in bucket}) == 128
+        assert sum(move.numel for move in bucket) <= bucket_numel + sum(move.numel // move.shape[0] for move in bucket)
+    del cut, moves, bucket
+    # Traced with a tenth of the layers, because tracing is slow.
+    few = dataclasses.replace(architecture, num_layers=9)
+    assert few.parameters and few.hf_shapes
+    tracemalloc.start()
+    plan_buckets(few, trainer, vllm, bucket_numel, **{side: 77})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 6 * 2**20
+
+
+def test_workers_have_few_senders(largest):
+    """Only experts come from everywhere: without any, a worker of 64 hears from one rank in every pipeline stage."""
+    architecture = dataclasses.replace(largest[0], num_experts=0, num_layers=8)
+    trainer, vllm = TrainerLayout(2, 4, 1, 8), VllmLayout(8, 8)
+    for worker in (0, 13, 63):
+        assert len({move.rank for move in plan_moves(architecture, trainer, vllm, worker=worker)}) <= 2 * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
