@@ -6,6 +6,7 @@ Adding a family is an entry in FAMILIES; a new kind of tensor is a line in one o
 from __future__ import annotations
 
 import functools
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -303,7 +304,8 @@ def check_layout(architecture: Architecture, parallel: Parallel, model_dir: Path
     def divide(setting: str, size: int, sizes: dict[str, int]) -> None:
         for name, count in sizes.items():
             if count % size:
-                legal = [n for n in range(1, count + 1) if all(c % n == 0 for c in sizes.values())]
+                common = math.gcd(*sizes.values())
+                legal = [n for n in range(1, common + 1) if common % n == 0]
                 raise UsageError(
                     f"{setting}={size} does not divide {name}={count} of {model_dir}; use {_listed(legal)}"
                 )

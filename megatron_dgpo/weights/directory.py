@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from megatron_dgpo.errors import UsageError
+from megatron_dgpo.json_file import read_object
 from megatron_dgpo.weights.architectures import Architecture
 from megatron_dgpo.weights.distributed import METADATA
 from megatron_dgpo.weights.load import INDEX, SINGLE, check_tensors, opened, tensor_files
@@ -119,7 +120,7 @@ def copy_small_files(source: Path, target: Path, dtype: torch.dtype) -> None:
         if file.is_file() and file.suffix not in _WEIGHT_SUFFIXES and file.name not in _WEIGHT_LISTS:
             shutil.copy(file, target / file.name)
     path = target / "config.json"
-    config = json.loads(path.read_text())
+    config = read_object(path)
     key = "dtype" if "dtype" in config else "torch_dtype"
     name = str(dtype).removeprefix("torch.")
     # Untouched, and so identical byte by byte, unless the weights are of another type now.
