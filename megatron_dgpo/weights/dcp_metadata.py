@@ -14,7 +14,7 @@ import io
 import os
 import pickle
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch.distributed.checkpoint import filesystem, metadata, planner
@@ -50,6 +50,8 @@ _CLASSES = (
 _CALLED = (torch.Size, metadata._MEM_FORMAT_ENCODING, planner.WriteItemType, torch.serialization._get_layout)
 _GLOBALS = {(item.__module__, item.__qualname__): item for item in (*_CLASSES, *_CALLED)}
 _GLOBALS |= {("torch", str(v).removeprefix("torch.")): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
+# Where it was written; Python 3.13 has another name for the module.
+_GLOBALS |= {(module, "PosixPath"): PurePosixPath for module in ("pathlib", "pathlib._local")}
 # Megatron-Core 0.15 left empty objects of its own in it.
 _MEGATRON = ("megatron.core.dist_checkpointing.strategies.torch", ("MCoreMetadata", "MCoreSavePlan"))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, PositiveFloat, model_validator
 
@@ -14,6 +14,7 @@ from megatron_dgpo.json_file import Content, checked, shown
 _Size = Annotated[int, Field(gt=0, lt=2**31)]
 _Count = Annotated[int, Field(gt=0, le=4096)]
 _MOST_MLPS = 2**17
+_RopeType = Literal["default", "llama3"]
 
 # A description of quantised weights, beside config.json or in it.
 _QUANTISED_KEYS = ("quantization_config", "compression_config")
@@ -23,7 +24,7 @@ _QUANTISED_FILES = ("hf_quant_config.json",)
 class Rope(Content):
     """Rotary positions; Llama 3.1's scaling has four more numbers."""
 
-    rope_type: Literal["default", "llama3"] = "default"
+    rope_type: _RopeType
     rope_theta: PositiveFloat
     partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] = 1.0
     factor: PositiveFloat | None = None
@@ -117,6 +118,9 @@ def read_hf_config(path: Path, content: dict, defaults: dict) -> tuple[HfConfig,
     # transformers 5 writes rope_parameters; older files have rope_theta and rope_scaling, which win over them there.
     rope = dict(config.rope_scaling or config.rope_parameters or {})
     rope.setdefault("rope_type", rope.get("type", "default"))
+    if rope["rope_type"] not in get_args(_RopeType):
+        kind, supported = shown(rope["rope_type"], str), " and ".join(get_args(_RopeType))
+        raise UsageError(f"{path}: rope type {kind} is not supported; supported are {supported}")
     rope.setdefault("rope_theta", config.rope_theta)
     return config, checked(path, rope, Rope)
 
