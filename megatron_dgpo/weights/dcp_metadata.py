@@ -189,8 +189,8 @@ def _is_place(info) -> bool:
     return (
         isinstance(info, filesystem._StorageInfo)
         and isinstance(info.relative_path, str)
-        and Path(info.relative_path).name == info.relative_path
-        and "\0" not in info.relative_path
+        and Path("folder", info.relative_path).parent == Path("folder")
+        and not {"..", "\0"} & {info.relative_path, *info.relative_path}
         and all(type(number) is int and 0 <= number < 2**63 for number in (info.offset, info.length))
         # PyTorch's extensions, that is, compression: neither Megatron nor the converter writes them.
         and info.transform_descriptors is None
