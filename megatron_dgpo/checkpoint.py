@@ -38,6 +38,7 @@ from megatron_dgpo.manifest import (
 )
 from megatron_dgpo.model.policy import Policy
 from megatron_dgpo.weights.architectures import Architecture
+from megatron_dgpo.weights.dcp_metadata import only_data
 
 _READ_BYTES = 8 * 2**20
 # The optimizer's shards can be read back at any tensor, pipeline and data parallel size. For that the shards of all
@@ -130,10 +131,11 @@ def load(path: Path, policy: Policy, weights_only: bool = False) -> None:
             state["rng"] = _sharded_rng(_rng_state())
         else:
             logger.warning("%s was written at another layout: random number generators start anew", path)
-    strategy = FullyParallelLoadStrategyWrapper(
-        get_default_load_sharded_strategy(str(path)), parallel_state.get_data_parallel_group()
-    )
-    loaded = dist_checkpointing.load(state, str(path), strategy)
+    with only_data(path, look=dist.get_rank() == 0):
+        strategy = FullyParallelLoadStrategyWrapper(
+            get_default_load_sharded_strategy(str(path)), parallel_state.get_data_parallel_group()
+        )
+        loaded = dist_checkpointing.load(state, str(path), strategy)
     for name, chunk in _named_chunks(policy):
         chunk.load_state_dict(loaded[name])
     if not weights_only:

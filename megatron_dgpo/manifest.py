@@ -6,9 +6,13 @@ import dataclasses
 import json
 import zlib
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt
 
 from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError
+from megatron_dgpo.json_file import Content, checked, read_object
 from megatron_dgpo.weights.architectures import Architecture
 
 MANIFEST = "manifest.json"
@@ -48,16 +52,24 @@ def newest(folder: Path) -> Path | None:
 
 
 def read_manifest(path: Path) -> dict | None:
-    """None where it is missing, was cut short, or is not what `checkpoint.save` writes."""
+    """None where it is missing, was cut short or holds something else."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        pairs = [*manifest["files"].values(), *manifest.get("origins", {}).values()]
-        progress = dataclasses.astuple(Progress(**manifest["progress"]))
-        good = all(len(pair) == 2 for pair in pairs) and isinstance(manifest["architecture"], dict)
-        good &= all(isinstance(number, int) for number in progress)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        content = read_object(path / MANIFEST)
+        progress = checked(path / MANIFEST, content, _Manifest).progress
+    except UsageError:
         return None
-    return manifest if good else None
+    return content | {"progress": dataclasses.asdict(Progress(**progress))}
+
+
+class _Manifest(Content):
+    """What every manifest has; newer ones have more."""
+
+    progress: dict[Literal["step", "prompts", "weight_version"], NonNegativeInt]
+    architecture: dict
+    files: dict[str, Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]]
+    """{name: [bytes, CRC-32]}"""
+    layout: dict[str, int] = {}
+    origins: dict[str, Annotated[list[str], Field(min_length=2, max_length=2)]] = {}
 
 
 def wrong_sizes(path: Path, manifest: dict) -> list[str]:

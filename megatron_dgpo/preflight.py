@@ -20,6 +20,7 @@ from megatron_dgpo.rollout import server
 from megatron_dgpo.weights.architectures import Architecture, check_layout, read_architecture
 from megatron_dgpo.weights.load import check_weights
 from megatron_dgpo.weights.resharding import VllmLayout, check_vllm_layout
+from megatron_dgpo.weights.vocabulary import check_token_ids
 
 
 def check(
@@ -36,6 +37,7 @@ def check(
     _check_overlaps(config.parallel)
     check_packages(config.model)
     tokenizer = load_tokenizer(config.model.path)
+    check_token_ids(architecture, config.model.path, tokenizer)
     if command == "sft":
         _divides(config, "sft.batch_size", config.sft.batch_size // replicas, config.sft.batch_size % replicas)
         load_solutions(config, tokenizer)

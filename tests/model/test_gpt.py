@@ -1,5 +1,7 @@
 """Megatron's logits equal those of transformers, for every family in every layout."""
 
+import json
+
 import pytest
 import torch
 
@@ -64,6 +66,21 @@ def test_logits_equal_transformers(models, layout):
 @pytest.mark.parametrize("layout", MIXTURE_LAYOUTS)
 def test_logits_of_mixtures_equal_transformers(models, layout):
     check({name: path for name, path in models.items() if name not in FAMILIES}, *MIXTURE_LAYOUTS[layout])
+
+
+def test_windows_of_older_configs_equal_transformers(tmp_path):
+    """Without layer_types: a window in every layer, and, where nothing switches it on, in none."""
+    models = {}
+    for family, switch in (("qwen2", True), ("qwen2", None), ("qwen3", False), ("qwen3_moe", True), ("mistral", None)):
+        model = make_tiny_model(tmp_path / f"{family}-{switch}", family)
+        config = json.loads((model / "config.json").read_text())
+        for key in ("layer_types", "use_sliding_window"):
+            config.pop(key, None)
+        config |= {"sliding_window": 8, "max_window_layers": 0}
+        config |= {} if switch is None else {"use_sliding_window": switch}
+        (model / "config.json").write_text(json.dumps(config))
+        models[model.name] = model
+    check(models, *LAYOUTS["tp1"])
 
 
 def check(models, world_size, parallel):
