@@ -52,7 +52,9 @@ def _check_path(path: Path) -> Path:
     if b"\0" in encoded:
         raise ValueError("holds a NUL character")
     if len(encoded) >= _MOST_PATH_BYTES or any(len(name) > _MOST_NAME_BYTES for name in encoded.split(b"/")):
-        raise ValueError(f"longer than file systems allow, {_MOST_NAME_BYTES} bytes a name and {_MOST_PATH_BYTES} in all")
+        raise ValueError(
+            f"longer than file systems allow, {_MOST_NAME_BYTES} bytes a name and {_MOST_PATH_BYTES} in all"
+        )
     return path
 
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import os
+import re
 import uuid
 from pathlib import Path
-from urllib.parse import urlparse
 
 import torch
 
 from megatron_dgpo.config import Config
 from megatron_dgpo.data import load_prompts, load_solutions, load_tokenizer
-from megatron_dgpo.errors import UsageError
+from megatron_dgpo.errors import UsageError, shown
 from megatron_dgpo.manifest import check_architecture, newest, read_manifest
 from megatron_dgpo.rewards.pool import check_grader
 from megatron_dgpo.rollout import server
 from megatron_dgpo.weights.architectures import Architecture, check_layout, read_architecture
 from megatron_dgpo.weights.load import check_weights
 from megatron_dgpo.weights.resharding import VllmLayout, check_vllm_layout
+
+_LABEL = r"[A-Za-z0-9_-]{1,63}"
+_ADDRESS = re.compile(rf"https?://(?:(?P<name>{_LABEL}(?:\.{_LABEL})*)|\[(?P<v6>[^\]]*)\])(?::(?P<port>[0-9]{{1,5}}))?")
+_PROCESSES_PER_CORE = 16
+"""More ranks and servers' workers than that, each a Python process with PyTorch, a CPU only swaps."""
 
 
 def check(
@@ -31,7 +37,7 @@ def check(
     architecture = _check_model(config)
     replicas = world_size // (config.parallel.tensor * config.parallel.pipeline)
     check_layout(architecture, config.parallel.model_copy(update={"data": replicas}), config.model.path)
-    _check_devices(local_size)
+    _check_devices(config, local_size, server.own_count(command, config))
     tokenizer = load_tokenizer(config.model.path)
     if command == "sft":
         _divides(config, "sft.batch_size", config.sft.batch_size // replicas, config.sft.batch_size % replicas)
@@ -40,6 +46,7 @@ def check(
         _check_rollouts(config, architecture)
         check_grader(config.reward)
         if config.data.eval:
+            _check_evaluation(config)
             load_prompts(config, config.data.eval, "data.eval", tokenizer)
     if command == "train":
         load_prompts(config, config.data.train, "data.train", tokenizer)
@@ -77,11 +84,55 @@ def _check_model(config: Config) -> Architecture:
     return architecture
 
 
-def _check_devices(local_size: int) -> None:
-    count = torch.cuda.device_count()
-    if count and local_size > count:
+def _check_devices(config: Config, ranks: int, servers: int) -> None:
+    """`ranks` and `servers` of this machine, which start together."""
+    workers = servers * config.rollout.tensor
+    if config.model.layer_spec == "te" and not (torch.cuda.is_available() and _is_installed("transformer_engine")):
+        raise UsageError("model.layer_spec=te needs GPUs and the package transformer_engine; use auto or portable")
+    if not torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0))
+        if ranks + workers > _PROCESSES_PER_CORE * cores:
+            raise UsageError(
+                f"{ranks} ranks (parallel.tensor × pipeline × data) and {workers} vLLM workers (rollout.servers × "
+                f"tensor) are too many for the {cores} CPU cores of this machine"
+            )
+        return
+    gpus = torch.cuda.device_count()
+    if ranks > gpus:
+        raise UsageError(f"parallel.tensor × pipeline × data = {ranks} ranks here, but this machine has {gpus} GPUs")
+    if servers:
+        _check_shared_gpus(config, ranks, workers, gpus)
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _check_shared_gpus(config: Config, ranks: int, workers: int, gpus: int) -> None:
+    """The servers' GPUs are the first ones of the ranks if they sleep, and otherwise the next ones."""
+    wanted = f"rollout.servers × rollout.tensor = {workers} GPUs"
+    if config.rollout.sleep and workers > ranks:
         raise UsageError(
-            f"parallel.tensor × pipeline × data = {local_size} ranks here, but this machine has {count} GPUs"
+            f"rollout.sleep=true shares the ranks' GPUs, but {wanted}, and parallel.tensor × pipeline × data = {ranks} "
+            "ranks: a worker would be on a GPU that no rank sends its weights from; use as many ranks, or fewer workers"
+        )
+    if not config.rollout.sleep and ranks + workers > gpus:
+        raise UsageError(
+            f"parallel.tensor × pipeline × data = {ranks} and {wanted} are more than the {gpus} of this machine; use "
+            "fewer, or let the servers share the ranks' GPUs with rollout.sleep=true"
+        )
+    if not config.rollout.sleep and server.transport(config) == "ipc":
+        raise UsageError(
+            "rollout.transport=ipc is for servers on the ranks' own GPUs, and these have others, as rollout.sleep=false; "
+            "use shards, or set rollout.sleep=true"
+        )
+
+
+def _check_evaluation(config: Config) -> None:
+    if config.eval.samples > 1 and config.eval.temperature == 0:
+        raise UsageError(
+            f"eval.samples={config.eval.samples} with eval.temperature=0: greedy responses are all the same; set "
+            f"eval.samples=1, or a temperature such as {config.rollout.temperature:g}"
         )
 
 
@@ -103,14 +154,33 @@ def _check_rollouts(config: Config, architecture: Architecture) -> None:
             "reach; use ipc"
         )
     for address in rollout.addresses:
-        host = urlparse(address).hostname
-        if urlparse(address).scheme not in ("http", "https") or not host:
-            raise UsageError(f"rollout.addresses: '{address}' is not an address such as http://host:8000")
-        if server.transport(config) == "memory" and not _is_loopback(host):
-            raise UsageError(
-                f"rollout.addresses: {address} is another machine, but rollout.transport=memory shares memory with "
-                "servers of this one; use rollout.transport=shards"
-            )
+        _check_address(config, address)
+    if len(set(rollout.addresses)) < len(rollout.addresses):
+        raise UsageError("rollout.addresses names a server twice")
+
+
+def _check_address(config: Config, address: str) -> None:
+    host = _host_of(address)
+    if host is None:
+        raise UsageError(f"rollout.addresses: {shown(address)} is not an address such as http://host:8000")
+    if server.transport(config) == "memory" and not _is_loopback(host):
+        raise UsageError(
+            f"rollout.addresses: {address} is another machine, but rollout.transport=memory shares memory with "
+            "servers of this one; use rollout.transport=shards"
+        )
+
+
+def _host_of(address: str) -> str | None:
+    """None where it is not an address and nothing more: paths are put behind it."""
+    found = _ADDRESS.fullmatch(address)
+    if not found or int(found["port"] or 0) > 65535:
+        return None
+    if found["v6"]:
+        try:
+            return str(ipaddress.IPv6Address(found["v6"]))
+        except ValueError:
+            return None
+    return found["name"] if len(found["name"]) <= 253 else None
 
 
 def _is_loopback(host: str) -> bool:
@@ -155,17 +225,15 @@ def _divides(config: Config, name: str, rows: int, rest: int) -> None:
 
 def _check_run_dir(folder: Path) -> None:
     """Try to write there, and remove whatever that created."""
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    probe = existing / f".probe_{uuid.uuid4().hex}"
     try:
+        existing = folder
+        while not existing.exists():
+            existing = existing.parent
         if not existing.is_dir():
             raise NotADirectoryError(f"{existing} is a file")
+        probe = existing / f".probe_{uuid.uuid4().hex}"
         with probe.open("w"):
             pass
         probe.unlink()
     except OSError as error:
-        raise UsageError(
-            f"run.dir={folder} cannot be written: {os.strerror(error.errno) if error.errno else error}"
-        ) from None
+        raise UsageError(f"run.dir={folder} cannot be written: {error.strerror or error}") from None
