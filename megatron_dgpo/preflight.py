@@ -123,8 +123,8 @@ def _check_shared_gpus(config: Config, ranks: int, workers: int, gpus: int) -> N
         )
     if not config.rollout.sleep and server.transport(config) == "ipc":
         raise UsageError(
-            "rollout.transport=ipc is for servers on the ranks' own GPUs, and these have others, as rollout.sleep=false; "
-            "use shards, or set rollout.sleep=true"
+            "rollout.transport=ipc is for servers on the ranks' own GPUs, and with rollout.sleep=false these have "
+            "others; use shards, or set rollout.sleep=true"
         )
 
 
@@ -153,6 +153,10 @@ def _check_rollouts(config: Config, architecture: Architecture) -> None:
             f"rollout.sleep is for servers on the ranks' own GPUs, which rollout.transport={rollout.transport} cannot "
             "reach; use ipc"
         )
+    needed = {"memory": False, "ipc": True}.get(rollout.transport)
+    if needed is not None and needed != torch.cuda.is_available():
+        where = "GPUs, and there are none here" if needed else "the CPU, and here are GPUs"
+        raise UsageError(f"rollout.transport={rollout.transport} is for {where}; use auto")
     for address in rollout.addresses:
         _check_address(config, address)
     if len(set(rollout.addresses)) < len(rollout.addresses):

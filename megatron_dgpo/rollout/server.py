@@ -143,6 +143,11 @@ def environment(config: Config, index: int, alone: bool = False) -> dict[str, st
         # Those that SLURM gave to this job, where it says so.
         given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         devices = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+        if first + config.rollout.tensor > len(devices):
+            raise UsageError(
+                f"server {index} with rollout.tensor={config.rollout.tensor} would be on GPUs {first} to "
+                f"{first + config.rollout.tensor - 1}, but this machine has {len(devices)}"
+            )
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(devices[first : first + config.rollout.tensor])
         return variables
     cores = sorted(os.sched_getaffinity(0))
