@@ -32,19 +32,20 @@ def _check_text(text: str) -> str:
     return text
 
 
-def _not_empty(path: Any) -> Any:
-    # pathlib takes it for the current folder.
+def _expand(path: Any) -> Any:
+    """`~` is the user's home, as in the shell. Of the text: pathlib forgets the ./ of ./~ and takes "" for a folder."""
     if path == "":
         raise ValueError("expected a path")
-    return path
+    if not isinstance(path, str) or path[0] != "~":
+        return path
+    expanded = os.path.expanduser(path)
+    if expanded == path:
+        raise ValueError(f"no home folder of that user; write ./{path} for a folder of that name")
+    return expanded
 
 
 def _check_path(path: Path) -> Path:
-    """`~` is the user's home, as in the shell; what no file system could hold is refused before anyone asks one."""
-    try:
-        path = path.expanduser()
-    except RuntimeError:
-        raise ValueError(f"no home folder of that user; write ./{path} for a folder of that name") from None
+    """What no file system could hold is refused before anyone asks one."""
     try:
         encoded = os.fsencode(path)
     except UnicodeEncodeError:
@@ -59,7 +60,7 @@ def _check_path(path: Path) -> Path:
 
 
 Text = Annotated[str, AfterValidator(_check_text)]
-FilePath = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_check_path)]
+FilePath = Annotated[Path, BeforeValidator(_expand), AfterValidator(_check_path)]
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 Bytes = Annotated[int, Field(gt=0, lt=2**63)]
 Seconds = Annotated[float, Field(gt=0, le=2_000_000)]
