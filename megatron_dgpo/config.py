@@ -91,6 +91,9 @@ class Model(Section):
     """Of weights and activations; master weights and gradients are float32."""
     layer_spec: Literal["auto", "te", "portable"] = "auto"
     """te: Transformer Engine layers; portable: PyTorch only; auto: te where it is installed."""
+    fusions: bool = False
+    """Transformer Engine's: weight gradients added to their float32 sums in the product itself, rotary embeddings and a
+    mixture's permutations in one kernel each. Needs its layers."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Which activations the backward pass computes again."""
     reference_offload: bool = False
@@ -111,6 +114,11 @@ class Parallel(Section):
     """Sequence parallelism over the tensor-parallel group."""
     distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over data-parallel ranks while the last micro-batch's backward pass runs."""
+    overlap_param_gather: bool = False
+    """With batch.minibatches: gather updated weights while the next optimizer step's forward pass runs. Needs the two
+    settings above."""
 
 
 class Batching(Section):

@@ -114,6 +114,8 @@ def _start_rank(
     rank = node.index * local_size + local_rank
     environment = {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // local_size)),
+        # One queue: a layer's collective starts before the product that it runs beside takes all of the GPU.
+        **({"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if torch.cuda.is_available() else {}),
         **node.environment(),
         **os.environ,
         "RANK": str(rank),

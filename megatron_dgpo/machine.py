@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_dgpo.errors import UsageError
+from megatron_dgpo.model.compat import uses_transformer_engine
 
 DEVICE = "MEGATRON_DGPO_DEVICE"
 """cpu: compute on the CPU, whatever GPUs there are or should be; not set: on the GPUs, where there are any."""
@@ -93,8 +94,6 @@ def describe(ranks: int, servers: int, layer_spec: str) -> str:
     parts = " and ".join(_count(number, noun) for number, noun in named if number)
     if not torch.cuda.is_available():
         return f"{parts} on the CPU, {_count(len(os.sched_getaffinity(0)), 'core')}"
-    from megatron_dgpo.model.layer_specs import uses_transformer_engine
-
     layers = "Transformer Engine's layers" if uses_transformer_engine(layer_spec) else "portable layers"
     return f"{parts} on {torch.cuda.device_count()} × {_model()}, {layers}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import ipaddress
 import os
 import re
@@ -11,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_dgpo.config import Config
+from megatron_dgpo.config import Config, Parallel
 from megatron_dgpo.data import load_prompts, load_solutions, load_tokenizer
 from megatron_dgpo.errors import UsageError, shown
 from megatron_dgpo.manifest import check_architecture, newest, read_manifest
+from megatron_dgpo.model.compat import check_packages
 from megatron_dgpo.rewards.pool import check_grader
 from megatron_dgpo.rollout import server
 from megatron_dgpo.weights.architectures import Architecture, check_layout, read_architecture
@@ -38,6 +38,8 @@ def check(
     replicas = world_size // (config.parallel.tensor * config.parallel.pipeline)
     check_layout(architecture, config.parallel.model_copy(update={"data": replicas}), config.model.path)
     _check_devices(config, local_size, server.own_count(command, config))
+    _check_overlaps(config.parallel)
+    check_packages(config.model)
     tokenizer = load_tokenizer(config.model.path)
     if command == "sft":
         _divides(config, "sft.batch_size", config.sft.batch_size // replicas, config.sft.batch_size % replicas)
@@ -87,8 +89,6 @@ def _check_model(config: Config) -> Architecture:
 def _check_devices(config: Config, ranks: int, servers: int) -> None:
     """`ranks` and `servers` of this machine, which start together."""
     workers = servers * config.rollout.tensor
-    if config.model.layer_spec == "te" and not (torch.cuda.is_available() and _is_installed("transformer_engine")):
-        raise UsageError("model.layer_spec=te needs GPUs and the package transformer_engine; use auto or portable")
     if not torch.cuda.is_available():
         cores = len(os.sched_getaffinity(0))
         if ranks + workers > _PROCESSES_PER_CORE * cores:
@@ -102,10 +102,6 @@ def _check_devices(config: Config, ranks: int, servers: int) -> None:
         raise UsageError(f"parallel.tensor × pipeline × data = {ranks} ranks here, but this machine has {gpus} GPUs")
     if servers:
         _check_shared_gpus(config, ranks, workers, gpus)
-
-
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def _check_shared_gpus(config: Config, ranks: int, workers: int, gpus: int) -> None:
@@ -133,6 +129,15 @@ def _check_evaluation(config: Config) -> None:
         raise UsageError(
             f"eval.samples={config.eval.samples} with eval.temperature=0: greedy responses are all the same; set "
             f"eval.samples=1, or a temperature such as {config.rollout.temperature:g}"
+        )
+
+
+def _check_overlaps(parallel: Parallel) -> None:
+    if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
+        missing = "overlap_grad_reduce" if parallel.distributed_optimizer else "distributed_optimizer"
+        raise UsageError(
+            "parallel.overlap_param_gather=true gathers what the distributed optimizer has updated, in the buckets in "
+            f"which gradients are reduced, but parallel.{missing}=false: set both to true"
         )
 
 

@@ -112,7 +112,7 @@ class Updates:
         for first in range(0, len(micro_batches), share):
             part = slice(first, first + share)
             loss = self._loss(reference_states[part], sampling[part])
-            results.append(self._policy.step(micro_batches[part], loss))
+            results.append(self._policy.step(micro_batches[part], loss, more=part.stop < len(micro_batches)))
             self._count_skipped(results[-1].skipped)
         return results
 

@@ -275,8 +275,7 @@ def test_more_processes_than_a_cpu_can_run(case, capsys):
     case.fails(capsys, ["1 ranks", "1000000 vLLM workers", "CPU cores"], "rollout.servers=1000000")
 
 
-def test_layers_and_transports_for_gpus(case, capsys):
-    case.fails(capsys, ["model.layer_spec=te needs GPUs"], "model.layer_spec=te")
+def test_a_transport_for_gpus(case, capsys):
     case.fails(capsys, ["rollout.transport=ipc is for GPUs"], "rollout.transport=ipc")
 
 
@@ -291,7 +290,6 @@ def test_layers_and_transports_for_gpus(case, capsys):
         (["rollout.transport=memory"], ["rollout.transport=memory is for the CPU"]),
         (["rollout.sleep=true", "rollout.transport=shards"], ["rollout.sleep", "use ipc"]),
         (["parallel.data=9", "rollout.prompts_per_step=9"], ["9 ranks here", "8 GPUs"]),
-        (["model.layer_spec=te"], ["transformer_engine", "use auto or portable"]),
     ],
 )
 def test_layouts_that_eight_gpus_cannot_have(case, capsys, monkeypatch, overrides, expected):

@@ -19,7 +19,8 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 
 from megatron_dgpo.config import Config
-from megatron_dgpo.model.layer_specs import block_spec, uses_transformer_engine
+from megatron_dgpo.model.compat import uses_transformer_engine
+from megatron_dgpo.model.layer_specs import block_spec
 from megatron_dgpo.weights.architectures import Architecture
 from megatron_dgpo.weights.slices import padded_vocab_size
 
@@ -54,7 +55,7 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
     """Megatron's description of the model and of the layout it runs in."""
     model, parallel = config.model, config.parallel
     dtype = getattr(torch, model.dtype)
-    # No fusion here needs Apex or a compiler; Transformer Engine's layers bring their own.
+    # No fusion here needs Apex or a compiler. Transformer Engine's weight gradients are `fuse_weight_gradients`.
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -95,7 +96,7 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=model.fusions,
         persist_layer_norm=False,
     )
 
@@ -112,6 +113,7 @@ def _mixture(config: Config, architecture: Architecture) -> dict:
         # Which experts a token goes to must not depend on the rounding of bfloat16.
         moe_router_dtype="fp32",
         moe_token_dispatcher_type="alltoall",
+        moe_permute_fusion=config.model.fusions,
         moe_grouped_gemm=uses_transformer_engine(config.model.layer_spec),
         expert_model_parallel_size=config.parallel.expert,
         expert_tensor_parallel_size=1,
@@ -144,6 +146,16 @@ def build_chunks(config: Config, architecture: Architecture) -> list[HiddenState
         _mark_split_weights(chunk)
         chunks.append(chunk.to(torch.cuda.current_device()))
     return chunks
+
+
+def fuse_weight_gradients(chunk: torch.nn.Module) -> None:
+    """Let Transformer Engine's layers add a weight's gradient to its float32 `main_grad` inside the matrix product.
+
+    Megatron's setting for it is not used: its head layer refuses that without Apex, though nobody calls the layer here.
+    """
+    for module in chunk.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def _mark_split_weights(chunk: torch.nn.Module) -> None:

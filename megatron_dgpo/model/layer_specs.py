@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -18,12 +16,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-
-def uses_transformer_engine(layer_spec: str) -> bool:
-    """What `model.layer_spec` means here."""
-    if layer_spec == "auto":
-        return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-    return layer_spec == "te"
+from megatron_dgpo.model.compat import moe_submodules, uses_transformer_engine
 
 
 def block_spec(config: TransformerConfig, layer_spec: str, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -73,7 +66,7 @@ def _portable_mlp(config: TransformerConfig) -> tuple[type, ModuleSpec]:
     """(the norm before it, the MLP or mixture of experts): a dense MLP's norm is part of its first linear layer."""
     if config.num_moe_experts:
         mixture = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts)
-        mixture.submodules.router = Float32Router
+        moe_submodules(mixture).router = Float32Router
         return RMSNorm, mixture
     submodules = MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear)
     return IdentityOp, ModuleSpec(module=MLP, submodules=submodules)

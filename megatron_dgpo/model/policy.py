@@ -11,13 +11,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_dgpo.batch import Batch
 from megatron_dgpo.config import Config
 from megatron_dgpo.config import Optimizer as OptimizerSettings
-from megatron_dgpo.model.gpt import HiddenStatesModel, build_chunks
+from megatron_dgpo.model.gpt import HiddenStatesModel, build_chunks, fuse_weight_gradients
 from megatron_dgpo.model.parallel import broadcast_from_last_stage, is_last_stage
 from megatron_dgpo.weights.architectures import Architecture
 
@@ -48,21 +49,27 @@ class Policy:
     def __init__(self, config: Config, architecture: Architecture, optimizer_steps: int) -> None:
         """optimizer_steps: length of the learning-rate schedule. Weights are to be loaded into `modules`."""
         self.modules: list[HiddenStatesModel] = build_chunks(config, architecture)
+        if config.model.fusions:
+            for module in self.modules:
+                fuse_weight_gradients(module)
         megatron = self.modules[0].config
-        ddp = DistributedDataParallelConfig(
-            use_distributed_optimizer=config.parallel.distributed_optimizer,
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
-        )
+        ddp = _ddp_config(config)
         self.chunks = [
             DistributedDataParallel(megatron, ddp, module, disable_bucketing=index > 0)
             for index, module in enumerate(self.modules)
         ]
         for chunk in self.chunks:
             chunk.train()
+            for group in _bucket_groups(chunk):
+                # Every rank loads its parameters whole: there is nothing to gather before the first step.
+                group.param_gather_dispatched = True
         self.optimizer = get_megatron_optimizer(_optimizer_config(config), self.chunks)
         self.scheduler = _scheduler(self.optimizer, config.optimizer, optimizer_steps)
         megatron.finalize_model_grads_func = finalize_model_grads
+        if ddp.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        self._gathers_beside_forward = ddp.overlap_param_gather
         megatron.grad_scale_func = self.optimizer.scale_loss
 
     def reload_master_weights(self) -> None:
@@ -77,11 +84,15 @@ class Policy:
         """
         return run_schedule(self.chunks, batches, function)
 
-    def step(self, batches: list[Batch], loss_function: LossFunction) -> StepResult:
+    def step(self, batches: list[Batch], loss_function: LossFunction, more: bool = False) -> StepResult:
         """One optimizer step on Σ loss / Σ normaliser over micro-batches and data-parallel ranks.
 
+        more: the next call is another step. With `overlap_param_gather` the weights are then still being gathered when
+        this one returns: nothing but that step may look at them.
+
         Collectives: those of Megatron's schedule and gradient reduction, one all-reduce of the metrics over
-        data-parallel ranks and one broadcast of them over the pipeline, and the optimizer's own.
+        data-parallel ranks and one broadcast of them over the pipeline, one norm of the gradients, and the optimizer's
+        gather of weights.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -103,8 +114,52 @@ class Policy:
         if not skipped:
             # Before the update: at step 1 of a warm-up the rate is lr / warmup_steps, not 0.
             self.scheduler.step(increment=1)
-            self.optimizer.step()
+            self._clip(grad_norm)
+            self.optimizer.step_with_ready_grads()
+        if self._gathers_beside_forward:
+            self._gather_weights(wait=not more)
         return StepResult(metrics, grad_norm, self.optimizer.param_groups[0]["lr"], skipped)
+
+    def _clip(self, grad_norm: float) -> None:
+        """As the optimizer's own `step`, which would go through all gradients for their norm once more."""
+        largest = self.optimizer.config.clip_grad
+        for optimizer in self.optimizer.chained_optimizers if largest > 0 else ():
+            parameters = optimizer.get_parameters()
+            if parameters:
+                clip_grad_by_total_norm_fp32(parameters, largest, grad_norm)
+
+    def _gather_weights(self, wait: bool) -> None:
+        """Start the gathers of all buckets, in the order of the forward pass, whose modules wait for their own.
+
+        Megatron would start each one when a module of the bucket before it is called. Which experts are called depends
+        on the data: ranks could differ in the order of their collectives.
+        """
+        groups = [group for chunk in self.chunks for group in reversed(_bucket_groups(chunk))]
+        for group in groups:
+            _wait_for_weights(group)
+            group.start_param_sync()
+        for group in groups if wait else ():
+            _wait_for_weights(group)
+
+
+def _bucket_groups(chunk: DistributedDataParallel) -> list:
+    """Of the parts of a chunk's buffers, the last layers' first."""
+    return [*chunk.expert_parallel_bucket_groups, *chunk.bucket_groups]
+
+
+def _wait_for_weights(group) -> None:
+    """Until the parameters of the bucket group are there, if they are being gathered. Starts no collective."""
+    if group.param_gather_handle is not None:
+        group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+
+def _head_weight(chunk: torch.nn.Module) -> torch.nn.Parameter:
+    """It is used without a call of its layer, which would wait for it."""
+    weight = getattr(chunk, "module", chunk).head_weight
+    group = getattr(chunk, "param_to_bucket_group", {}).get(weight)
+    if group is not None:
+        _wait_for_weights(group)
+    return weight
 
 
 def run_schedule(
@@ -122,8 +177,7 @@ def run_schedule(
         hidden_states = chunk(batch.tokens, batch.position_ids, None)
 
         def compute(hidden_states):
-            model = getattr(chunk, "module", chunk)
-            value = function(batch, index, batch.pack_hidden_states(hidden_states), model.head_weight)
+            value = function(batch, index, batch.pack_hidden_states(hidden_states), _head_weight(chunk))
             if backward:
                 loss, normaliser = value
                 return loss, normaliser.to(torch.int), {}
@@ -153,6 +207,18 @@ def _sum_over_replicas(collected: list[dict[str, torch.Tensor]]) -> dict[str, fl
     return dict(zip(names, total.tolist(), strict=True))
 
 
+def _ddp_config(config: Config) -> DistributedDataParallelConfig:
+    parallel = config.parallel
+    return DistributedDataParallelConfig(
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        # All gathers are started at once (`_gather_weights`); modules only wait.
+        align_param_gather=parallel.overlap_param_gather,
+    )
+
+
 def _optimizer_config(config: Config) -> OptimizerConfig:
     settings = config.optimizer
     return OptimizerConfig(
@@ -167,6 +233,7 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
         bf16=config.model.dtype == "bfloat16",
         params_dtype=getattr(torch, config.model.dtype),
         use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
     )
 
 

@@ -184,9 +184,10 @@ class _Statistics(torch.autograd.Function):
                 grad_hidden[rows] = sum_hidden
         if fused:
             weight.grad_added_to_main_grad = True
+            grad_weight = _placeholder(weight)
         return (
             grad_hidden,
-            None if fused or not needs_weight else grad_weight.to(weight.dtype),
+            grad_weight.to(weight.dtype) if needs_weight else None,
             None if grad_bias is None else grad_bias.to(bias.dtype),
             *(None,) * 9,
         )
@@ -259,6 +260,16 @@ def _accumulates_in_place(weight: torch.Tensor) -> bool:
     """Whether Megatron's DDP owns the gradient: then it skips what says `grad_added_to_main_grad`."""
     main_grad = getattr(weight, "main_grad", None)
     return hasattr(weight, "grad_added_to_main_grad") and main_grad is not None and main_grad.dtype == torch.float32
+
+
+def _placeholder(weight: torch.Tensor) -> torch.Tensor:
+    """What backward returns for a gradient that is in `main_grad` already, as Megatron's own layers do.
+
+    Its DDP takes a gradient as ready for reduction when one arrives. The values count only where an embedding shares
+    the weight and autograd adds its gradient: DDP then asks for zeros.
+    """
+    make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
+    return make(weight, requires_grad=False)
 
 
 def _check(name: str, tensor: torch.Tensor | None, unit: str, first: int = 0) -> None:

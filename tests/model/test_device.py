@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from megatron_dgpo import launcher, process
+from megatron_dgpo.cluster import Node
 from tests.ranks import run_ranks
 
 
@@ -42,3 +44,18 @@ def test_generators(axis):
     # Tensor-parallel ranks draw alike outside the split parts of a layer and differently inside; replicas draw alike.
     assert default == other_default
     assert (split == other_split) == (axis == "data")
+
+
+@pytest.mark.parametrize("gpus, own, expected", [(False, None, None), (True, None, "1"), (True, "8", "8")])
+def test_queues_of_a_rank_s_gpu(tmp_path, monkeypatch, gpus, own, expected):
+    """CUDA_DEVICE_MAX_CONNECTIONS: one for ranks on GPUs, unless the user's environment says otherwise."""
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    if own:
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", own)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    started = []
+    monkeypatch.setattr(
+        process, "start", lambda name, command, environment, *args, **kwargs: started.append(environment)
+    )
+    launcher._start_rank(0, Node.here(tmp_path), 1, ("127.0.0.1", 1), ["sft", "config"], [], "secret")
+    assert started[0].get("CUDA_DEVICE_MAX_CONNECTIONS") == expected

@@ -13,7 +13,7 @@ def model(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("policy") / "tiny", "qwen3")
 
 
-def build(model_dir, parallel, **model):
+def build(model_dir, parallel, optimizer=None, **model):
     """(policy, one batch, a log-likelihood loss) on this rank."""
     from megatron.core import parallel_state
 
@@ -26,7 +26,9 @@ def build(model_dir, parallel, **model):
     from megatron_dgpo.weights.load import load_weights
 
     init_device()
-    config = make_config(model_dir, parallel, model=model, optimizer={"lr": 1e-3, "warmup_steps": 2})
+    config = make_config(
+        model_dir, parallel, model=model, optimizer={"lr": 1e-3, "warmup_steps": 2} | (optimizer or {})
+    )
     architecture = read_architecture(model_dir)
     initialize_parallel(config.parallel, 1)
     policy = Policy(config, architecture, 10)
@@ -219,3 +221,103 @@ def test_recomputed_activations_are_the_same(model, recompute):
     ):
         assert results == expected_results
         assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
+OVERLAPS = {"overlap_grad_reduce": True}
+DISTRIBUTED = {"distributed_optimizer": True}
+BUCKET_SIZE = 2_000  # Parameters: a few in each of the tiny models' layers.
+
+
+def overlapped_steps(model_dir, parallel):
+    """Three steps, the second one skipped, with small buckets.
+
+    Returns [(loss, norm, skipped)], weights, [reductions (all, begun in backward) and gathers (all, under way) a step].
+    """
+    from unittest import mock
+
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+
+    from megatron_dgpo.model import policy as module
+
+    begun = []
+    start_grad_sync, ddp_config = _ParamAndGradBucketGroup.start_grad_sync, module._ddp_config
+
+    def recorded(group, *args, **kwargs):
+        waits = group.grad_reduce_handle is not None
+        begun.append(waits or torch._C._current_graph_task_id() >= 0)
+        return start_grad_sync(group, *args, **kwargs)
+
+    def small_buckets(config):
+        found = ddp_config(config)
+        found.bucket_size = BUCKET_SIZE
+        return found
+
+    with mock.patch.object(module, "_ddp_config", small_buckets):
+        # The norm's last bit depends on how parameters are cut into shards, and clipping would spread it.
+        _, _, policy, batch, loss = build(model_dir, parallel, optimizer={"clip_grad": 0.0})
+    results, counts = [], []
+    with mock.patch.object(_ParamAndGradBucketGroup, "start_grad_sync", recorded):
+        for step in range(3):
+            begun.clear()
+
+            def poisoned(*args, bad=step == 1):
+                total, count, metrics = loss(*args)
+                return total * (float("nan") if bad else 1.0), count, metrics
+
+            result = policy.step(batch.split(2), poisoned, more=step < 2)
+            results.append((result.metrics["loss"], result.grad_norm, result.skipped))
+            handles = [group.param_gather_handle for chunk in policy.chunks for group in module._bucket_groups(chunk)]
+            counts.append((len(begun), sum(begun), len(handles), sum(handle is not None for handle in handles)))
+    return results, [p.detach().clone() for m in policy.modules for p in m.parameters()], counts
+
+
+@pytest.mark.parametrize(
+    "family, parallel, settings",
+    [
+        ("qwen2", {}, OVERLAPS),
+        ("qwen3", DISTRIBUTED, OVERLAPS | {"overlap_param_gather": True}),
+        ("qwen3_moe", DISTRIBUTED | {"expert": 2}, OVERLAPS | {"overlap_param_gather": True}),
+        ("qwen2", DISTRIBUTED | LAYOUTS["pp2-interleaved"][1], OVERLAPS | {"overlap_param_gather": True}),
+    ],
+    ids=["dp2-tied", "dp2-distributed", "ep2-distributed", "pp2-interleaved-distributed"],
+)
+def test_overlaps_change_nothing(tmp_path, family, parallel, settings):
+    """Losses and weights to the bit: reductions are begun in the backward pass, gathers last into the next forward."""
+    model_dir = make_tiny_model(tmp_path / "model", family, num_hidden_layers=4)
+    plain = run_ranks(overlapped_steps, 2, model_dir, parallel)
+    overlapped = run_ranks(overlapped_steps, 2, model_dir, parallel | settings)
+    for rank, ((steps, weights, counts), (expected_steps, expected, _)) in enumerate(
+        zip(overlapped, plain, strict=True)
+    ):
+        for (loss, norm, skipped), (expected_loss, expected_norm, expected_skipped) in zip(
+            steps, expected_steps, strict=True
+        ):
+            assert skipped == expected_skipped
+            assert skipped or (loss == expected_loss and norm == pytest.approx(expected_norm, rel=1e-5))
+        assert [skipped for _, _, skipped in steps] == [False, True, False]
+        assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+        # Megatron learns from the first step how often each parameter's gradient arrives. Only the pipeline's first
+        # stage, where nothing else hides the reductions, has several buckets.
+        reductions, in_backward, groups, _ = counts[2]
+        assert reductions == in_backward == groups and (groups > 2 or (rank and "pipeline" in parallel))
+        gathers = settings.get("overlap_param_gather", False)
+        assert [under_way for *_, under_way in counts] == [groups * gathers, groups * gathers, 0]
+
+
+def passes_over_gradients(model_dir, parallel):
+    from unittest import mock
+
+    from megatron.core.optimizer import optimizer
+
+    _, _, policy, batch, loss = build(model_dir, parallel)
+    norm, prepare = optimizer.get_grad_norm_fp32, policy.optimizer.prepare_grads
+    with (
+        mock.patch.object(optimizer, "get_grad_norm_fp32", side_effect=norm) as norms,
+        mock.patch.object(policy.optimizer, "prepare_grads", side_effect=prepare) as prepared,
+    ):
+        policy.step(batch.split(2), loss)
+    return norms.call_count, prepared.call_count
+
+
+def test_a_step_takes_the_gradients_norm_once(model):
+    assert run_ranks(passes_over_gradients, 1, model, {}) == [(1, 1)]
