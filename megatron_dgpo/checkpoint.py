@@ -26,6 +26,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron_dgpo.manifest import MANIFEST, Progress, candidates, check_architecture, read_manifest, wrong_sizes
 from megatron_dgpo.model.policy import Policy
 from megatron_dgpo.weights.architectures import Architecture
+from megatron_dgpo.weights.dcp_metadata import only_data
 
 _READ_BYTES = 8 * 2**20
 # The optimizer's shards can be read back at any tensor, pipeline and data parallel size.
@@ -93,7 +94,8 @@ def load(path: Path, policy: Policy, weights_only: bool = False) -> None:
             state["rng"] = _sharded_rng(_rng_state())
         else:
             logger.warning("%s was written at another layout: random number generators start anew", path)
-    loaded = dist_checkpointing.load(state, str(path))
+    with only_data(path, look=dist.get_rank() == 0):
+        loaded = dist_checkpointing.load(state, str(path))
     for name, chunk in _named_chunks(policy):
         chunk.load_state_dict(loaded[name])
     if not weights_only:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt
 
 from megatron_dgpo.errors import UsageError
+from megatron_dgpo.json_file import Content, checked, read_object
 from megatron_dgpo.weights.architectures import Architecture
 
 MANIFEST = "manifest.json"
@@ -37,12 +41,24 @@ def newest(folder: Path) -> Path | None:
 
 
 def read_manifest(path: Path) -> dict | None:
-    """None where it is missing or was cut short."""
+    """None where it is missing, was cut short or holds something else."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError):
+        content = read_object(path / MANIFEST)
+        progress = checked(path / MANIFEST, content, _Manifest).progress
+    except UsageError:
         return None
-    return manifest if isinstance(manifest, dict) and {"progress", "architecture", "files"} <= set(manifest) else None
+    return content | {"progress": dataclasses.asdict(Progress(**progress))}
+
+
+class _Manifest(Content):
+    """What every manifest has; newer ones have more."""
+
+    progress: dict[Literal["step", "prompts", "weight_version"], NonNegativeInt]
+    architecture: dict
+    files: dict[str, Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]]
+    """{name: [bytes, CRC-32]}"""
+    layout: dict[str, int] = {}
+    origins: dict[str, Annotated[list[str], Field(min_length=2, max_length=2)]] = {}
 
 
 def wrong_sizes(path: Path, manifest: dict) -> list[str]:

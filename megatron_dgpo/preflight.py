@@ -20,6 +20,7 @@ from megatron_dgpo.rollout import server
 from megatron_dgpo.weights.architectures import Architecture, check_layout, read_architecture
 from megatron_dgpo.weights.load import check_weights
 from megatron_dgpo.weights.resharding import VllmLayout, check_vllm_layout
+from megatron_dgpo.weights.vocabulary import check_token_ids
 
 _LABEL = r"[A-Za-z0-9_-]{1,63}"
 _ADDRESS = re.compile(rf"https?://(?:(?P<name>{_LABEL}(?:\.{_LABEL})*)|\[(?P<v6>[^\]]*)\])(?::(?P<port>[0-9]{{1,5}}))?")
@@ -41,6 +42,7 @@ def check(
     _check_overlaps(config.parallel)
     check_packages(config.model)
     tokenizer = load_tokenizer(config.model.path)
+    check_token_ids(architecture, config.model.path, tokenizer)
     if command == "sft":
         _divides(config, "sft.batch_size", config.sft.batch_size // replicas, config.sft.batch_size % replicas)
         load_solutions(config, tokenizer)

@@ -6,13 +6,15 @@ Adding a family is an entry in FAMILIES; a new kind of tensor is a line in one o
 from __future__ import annotations
 
 import functools
-import json
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_dgpo.config import Parallel
 from megatron_dgpo.errors import UsageError
+from megatron_dgpo.json_file import read_object, shown
+from megatron_dgpo.weights.hf_config import HfConfig, read_hf_config, sliding_window
 
 
 @dataclass(frozen=True)
@@ -26,20 +28,45 @@ class Family:
     """The config's key for an expert's intermediate size; empty: no mixture of experts."""
     renamed: tuple[tuple[str, str], ...] = ()
     """Parts of the Hugging Face names in the tables below, and what this family calls them."""
+    window_switch: bool = False
+    """A sliding window counts only with use_sliding_window."""
+    window_by_layer: bool = False
+    """Layers before max_window_layers have none."""
+    defaults: dict = field(default_factory=dict)
+    """What transformers takes for keys that config.json lacks, where families differ."""
 
 
 FAMILIES = {
     "LlamaForCausalLM": Family("llama", refused=("attention_bias", "mlp_bias")),
-    "MistralForCausalLM": Family("mistral"),
-    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True),
-    "Qwen3ForCausalLM": Family("qwen3", qk_norm=True, refused=("attention_bias",)),
+    "MistralForCausalLM": Family("mistral", defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
+    "Qwen2ForCausalLM": Family(
+        "qwen2",
+        qkv_bias=True,
+        window_switch=True,
+        window_by_layer=True,
+        defaults={"num_key_value_heads": 32, "sliding_window": 4096},
+    ),
+    "Qwen3ForCausalLM": Family(
+        "qwen3",
+        qk_norm=True,
+        refused=("attention_bias",),
+        window_switch=True,
+        window_by_layer=True,
+        defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
+    ),
     "Qwen3MoeForCausalLM": Family(
-        "qwen3_moe", qk_norm=True, refused=("attention_bias", "mlp_only_layers"), expert_ffn="moe_intermediate_size"
+        "qwen3_moe",
+        qk_norm=True,
+        refused=("attention_bias", "mlp_only_layers"),
+        expert_ffn="moe_intermediate_size",
+        window_switch=True,
+        defaults={"num_key_value_heads": 4, "sliding_window": 4096, "norm_topk_prob": False},
     ),
     "MixtralForCausalLM": Family(
         "mixtral",
         expert_ffn="intermediate_size",
         renamed=((".mlp.", ".block_sparse_moe."), ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")),
+        defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
     ),
 }
 
@@ -200,79 +227,74 @@ class Architecture:
 def read_architecture(model_dir: Path) -> Architecture:
     """Read `config.json` of a Hugging Face directory.
 
-    Raises UsageError when the directory, the file or a key is missing, or when the model is not of a supported family.
+    Raises UsageError when the directory, the file or a key is missing, when a value is wrong or not supported, and when
+    the model is quantised or not of a supported family.
     """
     if not model_dir.is_dir():
         raise UsageError(f"model directory {model_dir} does not exist: give a Hugging Face directory")
     path = model_dir / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except OSError:
-        raise UsageError(f"{path} is missing or unreadable: {model_dir} is not a Hugging Face directory") from None
-    except ValueError as error:
-        raise UsageError(f"{path} is not valid JSON: {error}") from None
-    names = config.get("architectures") or ["none"]
-    family = FAMILIES.get(names[0])
+    if not path.is_file():
+        raise UsageError(f"{path} is missing or unreadable: {model_dir} is not a Hugging Face directory")
+    content = read_object(path)
+    names = content.get("architectures") or ["none"]
+    name = names[0] if isinstance(names, list) and isinstance(names[0], str) else shown(names)
+    family = FAMILIES.get(name)
     if family is None:
-        raise UsageError(f"{path}: architecture {names[0]} is not supported; supported are {', '.join(FAMILIES)}")
-    for switch in family.refused:
-        if config.get(switch):
-            raise UsageError(f"{path}: {switch}={config[switch]} of {names[0]} is not supported; it must be false")
-    if config.get("hidden_act", "silu") != "silu":
-        raise UsageError(f"{path}: hidden_act={config['hidden_act']} is not supported; it must be silu")
-    if family.expert_ffn and config.get("decoder_sparse_step", 1) != 1:
-        step = config["decoder_sparse_step"]
-        raise UsageError(f"{path}: decoder_sparse_step={step} is not supported; every layer must have experts")
-    try:
-        return _architecture(config, family, path)
-    except KeyError as error:
-        raise UsageError(f"{path}: key {error} is missing") from None
-
-
-def _architecture(config: dict, family: Family, path: Path) -> Architecture:
-    # transformers 5 writes rope_parameters; older files have rope_theta and rope_scaling.
-    rope = config.get("rope_parameters") or {
-        "rope_theta": config.get("rope_theta", 10000.0),
-        **(config.get("rope_scaling") or {}),
-    }
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "llama3"):
-        raise UsageError(f"{path}: rope type {rope_type} is not supported; supported are default and llama3")
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if window and "sliding_attention" not in config.get("layer_types", ["sliding_attention"]):
-        window = None
-    if window and "full_attention" in config.get("layer_types", []):
-        raise UsageError(f"{path}: layer_types mixes full and sliding attention, which is not supported")
-    heads = config["num_attention_heads"]
-    mixture = {}
-    if family.expert_ffn:
-        # transformers 5 writes num_local_experts for every family.
-        mixture = dict(
-            num_experts=config["num_local_experts"] if "num_local_experts" in config else config["num_experts"],
-            experts_per_token=config["num_experts_per_tok"],
-            expert_ffn_hidden_size=config[family.expert_ffn],
-            # Qwen3-MoE's default is false; Mixtral always normalises.
-            normalized_routing=config.get("norm_topk_prob", family.name != "qwen3_moe"),
-            renamed=family.renamed,
+        raise UsageError(
+            f"{path}: architecture {shown(name, str)} is not supported; supported are {', '.join(FAMILIES)}"
         )
+    if content.get("model_type") != family.name:
+        # transformers goes by one of them, vLLM by the other.
+        found = shown(content.get("model_type"))
+        raise UsageError(f"{path}: model_type={found} is not that of architecture {name}, {family.name!r}")
+    for switch in family.refused:
+        if content.get(switch):
+            value = shown(content[switch])
+            raise UsageError(f"{path}: {switch}={value} of {name} is not supported; it must be false")
+    return _architecture(path, content, family)
+
+
+def _architecture(path: Path, content: dict, family: Family) -> Architecture:
+    config, rope = read_hf_config(path, content, family.defaults)
     return Architecture(
         family=family.name,
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
-        num_attention_heads=heads,
-        num_query_groups=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        vocab_size=config["vocab_size"],
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.heads_of_keys,
+        head_dim=config.width_of_heads,
+        vocab_size=config.vocab_size,
+        tied_embeddings=config.tie_word_embeddings,
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
-        rope_scaling={k: v for k, v in rope.items() if k != "rope_theta"} if rope_type == "llama3" else None,
-        max_positions=config["max_position_embeddings"],
-        sliding_window=window,
-        **mixture,
+        norm_eps=config.rms_norm_eps,
+        rope_theta=rope.rope_theta,
+        rope_scaling=rope.scaling,
+        max_positions=config.max_position_embeddings,
+        sliding_window=sliding_window(path, config, family.window_switch, family.window_by_layer),
+        **(_mixture(path, config, family) if family.expert_ffn else {}),
+    )
+
+
+def _mixture(path: Path, config: HfConfig, family: Family) -> dict:
+    chosen, ffn = config.num_experts_per_tok, getattr(config, family.expert_ffn)
+    for key, value in {
+        "num_local_experts": config.experts,
+        "num_experts_per_tok": chosen,
+        family.expert_ffn: ffn,
+    }.items():
+        if not value:
+            raise UsageError(f"{path}: key '{key}' is missing")
+    if chosen > config.experts:
+        raise UsageError(f"{path}: num_experts_per_tok={chosen} is more than the {config.experts} experts")
+    return dict(
+        num_experts=config.experts,
+        experts_per_token=chosen,
+        expert_ffn_hidden_size=ffn,
+        # Mixtral has no such switch: its chosen experts always add up to 1.
+        normalized_routing=config.norm_topk_prob or "norm_topk_prob" not in family.defaults,
+        renamed=family.renamed,
     )
 
 
@@ -282,7 +304,8 @@ def check_layout(architecture: Architecture, parallel: Parallel, model_dir: Path
     def divide(setting: str, size: int, sizes: dict[str, int]) -> None:
         for name, count in sizes.items():
             if count % size:
-                legal = [n for n in range(1, count + 1) if all(c % n == 0 for c in sizes.values())]
+                common = math.gcd(*sizes.values())
+                legal = [n for n in range(1, common + 1) if common % n == 0]
                 raise UsageError(
                     f"{setting}={size} does not divide {name}={count} of {model_dir}; use {_listed(legal)}"
                 )

@@ -14,9 +14,10 @@ import torch
 from safetensors import safe_open
 
 from megatron_dgpo.errors import UsageError
+from megatron_dgpo.json_file import read_object
 from megatron_dgpo.weights.architectures import Architecture
-from megatron_dgpo.weights.distributed import METADATA, check_dtype
-from megatron_dgpo.weights.load import INDEX, SINGLE, check_weights, opened, tensor_files
+from megatron_dgpo.weights.distributed import METADATA
+from megatron_dgpo.weights.load import INDEX, SINGLE, check_tensors, opened, tensor_files
 
 # Hugging Face's own limit for one safetensors file.
 FILE_BYTES = 5 * 10**9
@@ -34,20 +35,9 @@ class HfDirectory:
     """The weights of a Hugging Face directory, mapped into memory."""
 
     def __init__(self, path: Path, architecture: Architecture) -> None:
-        """Raises UsageError naming the first tensor or file that is missing, unexpected, misshapen or cut short."""
-        check_weights(architecture, path)
-        locations = tensor_files(path)
-        # Old files keep the rotary frequencies, which follow from the config; a tied head is a copy of the embedding.
-        optional = {"lm_head.weight"} if architecture.tied_embeddings else set()
-        extra = [name for name in locations if name not in architecture.hf_shapes and name not in optional]
-        extra = [name for name in extra if not name.endswith(".rotary_emb.inv_freq")]
-        if extra:
-            file = path / locations[extra[0]]
-            raise UsageError(f"{file}: tensor {extra[0]} is not part of the model ({len(extra)} such in all)")
+        """Raises UsageError as `check_weights` does."""
+        self.dtypes = check_tensors(architecture, path)
         self._tensors, self._architecture = Safetensors(path), architecture
-        self.dtypes = {name: self._tensors[name].dtype for name in architecture.hf_shapes}
-        for name, dtype in self.dtypes.items():
-            check_dtype(path / locations[name], name, dtype)
 
     def tensors(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of the Hugging Face tensors that Megatron parameter `name` consists of."""
@@ -130,7 +120,7 @@ def copy_small_files(source: Path, target: Path, dtype: torch.dtype) -> None:
         if file.is_file() and file.suffix not in _WEIGHT_SUFFIXES and file.name not in _WEIGHT_LISTS:
             shutil.copy(file, target / file.name)
     path = target / "config.json"
-    config = json.loads(path.read_text())
+    config = read_object(path)
     key = "dtype" if "dtype" in config else "torch_dtype"
     name = str(dtype).removeprefix("torch.")
     # Untouched, and so identical byte by byte, unless the weights are of another type now.

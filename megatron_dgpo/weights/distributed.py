@@ -4,8 +4,7 @@ The format is PyTorch's `torch.distributed.checkpoint`, and its own reader and w
 each block of each global tensor lies in the `.distcp` files, so that any layout reads what any other wrote. Megatron
 stacks a parameter of all layers: `decoder.layers.mlp.linear_fc2.weight` is [layers, H, F].
 
-`.metadata` is a pickle, as PyTorch defines it: read checkpoints of people you trust. Weights are read with PyTorch's
-`weights_only`, which builds nothing but tensors.
+Nothing in it is run: `.metadata` is read by `dcp_metadata`, weights with PyTorch's `weights_only`.
 """
 
 from __future__ import annotations
@@ -39,10 +38,11 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_dgpo.errors import UsageError
+from megatron_dgpo.json_file import shown
 from megatron_dgpo.weights.architectures import Architecture
+from megatron_dgpo.weights.dcp_metadata import METADATA, read_metadata
 from megatron_dgpo.weights.slices import shard_slices
 
-METADATA = ".metadata"
 _FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
 
@@ -89,10 +89,7 @@ class DistributedCheckpoint:
         """Raises UsageError naming the first tensor or file that is missing, unexpected, misshapen or cut short."""
         self.path, self._architecture = path, architecture
         self._reader = FileSystemReader(path)
-        try:
-            self._metadata: Metadata = self._reader.read_metadata()
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise UsageError(f"{path / METADATA} is damaged or cut short: {error}") from None
+        self._metadata = read_metadata(path / METADATA)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._check_files()
         self.dtypes = self._check_tensors()
@@ -115,9 +112,12 @@ class DistributedCheckpoint:
             raise UsageError(f"{self.path}: tensor {key} is incomplete at {list(place)}: blocks of it are missing")
         try:
             self._reader.read_data(LoadPlan(items), _Into(tensor)).wait()
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            files = {self._metadata.storage_data[item.storage_index].relative_path for item in items}
-            raise UsageError(f"{self.path}: tensor {key} in {', '.join(sorted(files))} is damaged: {error}") from None
+        except Exception as error:
+            # A damaged file: unpickling raises whatever it stumbles over.
+            places = (self._metadata.storage_data.get(item.storage_index) for item in items)
+            files = ", ".join(sorted({place.relative_path if place else "no file" for place in places}))
+            reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), str)}"
+            raise UsageError(f"{self.path}: tensor {key} in {files} is damaged: {reason}") from None
         return tensor.view(shape)
 
     def _locate(self, name: str) -> tuple[str, tuple[int, ...]]:
@@ -215,9 +215,9 @@ class DistributedWriter:
         writer.finish(Metadata({}), [results])
 
     def finish(self) -> None:
-        reader, storage = FileSystemReader(self._folder), {}
+        storage = {}
         for number in range(len(self._plans)):
-            storage |= reader.read_metadata(rank=number).storage_data
+            storage |= read_metadata(self._folder / _contents(number)).storage_data
         self._metadata.storage_data = storage
         with (self._folder / METADATA).open("wb") as file:
             pickle.dump(self._metadata, file)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from megatron_dgpo.errors import UsageError
+from megatron_dgpo.json_file import Content, checked, read_object
 from megatron_dgpo.weights.architectures import Architecture
 from megatron_dgpo.weights.distributed import DistributedCheckpoint, is_distributed
 from megatron_dgpo.weights.slices import shard_slices
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_COMPARED_NUMBERS = 2**24
 
 
 def named_shards(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -82,17 +87,18 @@ def _load_distributed(chunks, architecture: Architecture, model_dir: Path, tp_ra
             part.of_shard(parameter).copy_(part.of_full(full[part.name]))
 
 
+class _Index(Content):
+    weight_map: dict[str, Annotated[str, Field(pattern=r"^[^/\\\x00]+\.safetensors$")]]
+
+
 def tensor_files(model_dir: Path) -> dict[str, str]:
     """{tensor name: file name} of a Hugging Face directory, one safetensors file or several with an index.
 
-    Raises UsageError when there is neither.
+    Raises UsageError when there is neither, and for an index that is damaged or names files elsewhere.
     """
     index = model_dir / INDEX
     if index.is_file():
-        try:
-            return json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise UsageError(f"{index} is not a safetensors index: {error!r}") from None
+        return checked(index, read_object(index), _Index).weight_map
     if not (model_dir / SINGLE).is_file():
         pickled = sorted(path.name for path in model_dir.glob("pytorch_model*.bin"))
         hint = f" ({pickled[0]} is a pickle: convert it to safetensors)" if pickled else ""
@@ -102,28 +108,73 @@ def tensor_files(model_dir: Path) -> dict[str, str]:
 
 
 def check_weights(architecture: Architecture, model_dir: Path) -> None:
-    """Raise UsageError naming the first tensor or file that is missing, cut short or misshapen; reads headers only."""
+    """Raise UsageError naming the first tensor or file that is missing, unexpected, misshapen, of a type that is not a
+    floating-point one of 16 or 32 bits, or cut short.
+
+    Reads headers only, but for the head of a model with tied embeddings that has one.
+    """
     if is_distributed(model_dir):
         DistributedCheckpoint(model_dir, architecture)
-        return
-    locations = tensor_files(model_dir)
-    missing = [name for name in architecture.hf_shapes if name not in locations]
+    else:
+        check_tensors(architecture, model_dir)
+
+
+def check_tensors(architecture: Architecture, model_dir: Path) -> dict[str, torch.dtype]:
+    """`check_weights` of a Hugging Face directory; returns the dtypes of its tensors."""
+    locations, shapes = tensor_files(model_dir), architecture.hf_shapes
+    missing = [name for name in shapes if name not in locations]
     if missing:
         raise UsageError(
             f"{model_dir}: tensor {missing[0]} is missing ({len(missing)} in all): the model is incomplete"
         )
+    dtypes = {}
     by_file: dict[str, list[str]] = {}
-    for name in architecture.hf_shapes:
+    for name in shapes:
         by_file.setdefault(locations[name], []).append(name)
     for file_name, names in by_file.items():
-        with opened(model_dir / file_name) as file:
+        path = model_dir / file_name
+        with opened(path) as file:
             held = set(file.keys())
             for name in names:
-                shape = tuple(file.get_slice(name).get_shape()) if name in held else None
-                if shape != architecture.hf_shapes[name]:
-                    found = "is not in it" if shape is None else f"has shape {list(shape)}"
-                    expected = list(architecture.hf_shapes[name])
-                    raise UsageError(f"{model_dir / file_name}: tensor {name} {found}, expected shape {expected}")
+                header = file.get_slice(name) if name in held else None
+                if header is None or tuple(header.get_shape()) != shapes[name]:
+                    found = f"has shape {list(header.get_shape())}" if header else "is not in it"
+                    raise UsageError(f"{path}: tensor {name} {found}, expected shape {list(shapes[name])}")
+                if header.get_dtype() not in _DTYPES:
+                    found, allowed = header.get_dtype(), ", ".join(_DTYPES)
+                    raise UsageError(f"{path}: tensor {name} is of type {found}, expected one of {allowed}")
+                dtypes[name] = _DTYPES[header.get_dtype()]
+    _check_others(architecture, model_dir, locations)
+    return dtypes
+
+
+def _check_others(architecture: Architecture, model_dir: Path, locations: dict[str, str]) -> None:
+    """Tensors that follow from others may be there: a tied head, and the rotary frequencies that old files keep."""
+    tied = _HEAD if architecture.tied_embeddings else None
+    extra = [name for name in locations if name not in architecture.hf_shapes and name != tied]
+    extra = [name for name in extra if not name.endswith(".rotary_emb.inv_freq")]
+    if extra:
+        file = model_dir / locations[extra[0]]
+        raise UsageError(f"{file}: tensor {extra[0]} is not part of the model ({len(extra)} such in all)")
+    if tied in locations and not _equal(model_dir, locations, tied, _EMBEDDING):
+        # transformers computes with the stored head, vLLM with the embedding.
+        raise UsageError(
+            f"{model_dir / locations[tied]}: tie_word_embeddings=true, but tensor {tied} is another than {_EMBEDDING}; "
+            f"set tie_word_embeddings to false in config.json, or take {tied} out"
+        )
+
+
+def _equal(model_dir: Path, locations: dict[str, str], first: str, second: str) -> bool:
+    """Whether two tensors hold the same numbers; reads some rows of them at a time."""
+    with opened(model_dir / locations[first]) as one, opened(model_dir / locations[second]) as other:
+        if first not in one.keys() or second not in other.keys():
+            return False
+        left, right = one.get_slice(first), other.get_slice(second)
+        if left.get_shape() != right.get_shape() or left.get_dtype() != right.get_dtype():
+            return False
+        rows, columns = left.get_shape()
+        step = max(1, _COMPARED_NUMBERS // columns)
+        return all(torch.equal(left[row : row + step], right[row : row + step]) for row in range(0, rows, step))
 
 
 @contextlib.contextmanager
@@ -133,5 +184,5 @@ def opened(path: Path):
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} is damaged or cut short: {error}") from None

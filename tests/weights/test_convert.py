@@ -255,7 +255,7 @@ LAST = "model.layers.3.mlp.down_proj.weight"
         (lambda t: t.pop(LAST), [LAST, "is missing"]),
         (lambda t: t.update(surplus=torch.zeros(2)), ["model.safetensors", "surplus", "not part of the model"]),
         (lambda t: t.update({LAST: torch.zeros(64, 95)}), [LAST, "[64, 95]", "[64, 96]"]),
-        (lambda t: t.update({LAST: torch.zeros(64, 96).to(torch.int8)}), [LAST, "int8", "bfloat16"]),
+        (lambda t: t.update({LAST: torch.zeros(64, 96).to(torch.int8)}), [LAST, "I8", "BF16"]),
         (lambda t: t.update({LAST: t[LAST].bfloat16()}), [LAST, "bfloat16", "float32", "--dtype"]),
     ],
     ids=["missing", "extra", "misshapen", "wrong type", "mixed types"],
