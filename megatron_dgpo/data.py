@@ -72,6 +72,11 @@ def load_prompts(config: Config, path: Path, setting: str, tokenizer) -> list[Pr
     return [Prompt(index, ids, text, answer, row) for index, (ids, text, answer, (_, row)) in enumerate(fields)]
 
 
+def place_of(path: Path, setting: str, index: int) -> str:
+    """File and line of a problem of `load_prompts`. Reads the file again."""
+    return _rows(path, setting)[index][0]
+
+
 def load_solutions(config: Config, tokenizer) -> list[Solution]:
     """The rows of `sft.data`. Raises UsageError as `load_prompts` does."""
     if config.sft.data is None:

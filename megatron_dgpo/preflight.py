@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from megatron_dgpo.config import Config, Parallel
-from megatron_dgpo.data import load_prompts, load_solutions, load_tokenizer
+from megatron_dgpo.data import load_prompts, load_solutions, load_tokenizer, place_of
 from megatron_dgpo.errors import UsageError, shown
 from megatron_dgpo.manifest import check_architecture, newest, read_manifest
 from megatron_dgpo.model.compat import check_packages
-from megatron_dgpo.rewards.pool import check_grader
+from megatron_dgpo.rewards.pool import GraderPool
 from megatron_dgpo.rollout import server
 from megatron_dgpo.weights.architectures import Architecture, check_layout, read_architecture
 from megatron_dgpo.weights.load import check_weights
@@ -48,12 +48,9 @@ def check(
         load_solutions(config, tokenizer)
     else:
         _check_rollouts(config, architecture)
-        check_grader(config.reward)
-        if config.data.eval:
-            _check_evaluation(config)
-            load_prompts(config, config.data.eval, "data.eval", tokenizer)
+        _check_evaluation(config)
+        _check_rewards(config, command, tokenizer)
     if command == "train":
-        load_prompts(config, config.data.train, "data.train", tokenizer)
         _check_step_sizes(config, replicas)
     if command == "eval" and config.data.eval is None:
         raise UsageError("data.eval is missing: give the file of problems to evaluate on")
@@ -127,7 +124,7 @@ def _check_shared_gpus(config: Config, ranks: int, workers: int, gpus: int) -> N
 
 
 def _check_evaluation(config: Config) -> None:
-    if config.eval.samples > 1 and config.eval.temperature == 0:
+    if config.data.eval and config.eval.samples > 1 and config.eval.temperature == 0:
         raise UsageError(
             f"eval.samples={config.eval.samples} with eval.temperature=0: greedy responses are all the same; set "
             f"eval.samples=1, or a temperature such as {config.rollout.temperature:g}"
@@ -199,6 +196,26 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _check_rewards(config: Config, command: str, tokenizer) -> None:
+    """The grader must load, the problems must fit, and a response must be able to be right."""
+    most = _PROCESSES_PER_CORE * len(os.sched_getaffinity(0))
+    if config.reward.workers > most:
+        raise UsageError(f"reward.workers={config.reward.workers}: at most {most} on the CPU cores of this machine")
+    files = [("data.train", config.data.train)] * (command == "train")
+    files += [("data.eval", config.data.eval)] * (config.data.eval is not None)
+    with GraderPool(config.reward) as graders:
+        for setting, path in files:
+            prompts = load_prompts(config, path, setting, tokenizer)
+            unusable = graders.unusable([prompt.answer for prompt in prompts])
+            for index, reason in unusable.items():
+                others = f" ({len(unusable)} different answers are like that)" if len(unusable) > 1 else ""
+                raise UsageError(
+                    f"{place_of(path, setting, index)}: no response can be right, because reward.grader="
+                    f"{config.reward.grader} cannot work with field '{config.data.answer_field}' (data.answer_field): "
+                    f"{reason}{others}; correct such rows or take them out, or use another grader"
+                )
 
 
 def _check_step_sizes(config: Config, replicas: int) -> None:

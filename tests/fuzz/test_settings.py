@@ -166,7 +166,7 @@ def test_checks_of_what_was_accepted(base, given, command):
 
     with pytest.MonkeyPatch.context() as patch:
         # A process each; names that are none are refused before it is started.
-        patch.setattr("megatron_dgpo.rewards.pool.GraderPool", _NoPool)
+        patch.setattr("megatron_dgpo.preflight.GraderPool", _NoPool)
         try:
             size = trainer_size(config, Node.here(config.run.dir, {}))
             preflight.check(command, config, size, size, None, from_model=False)
@@ -183,5 +183,11 @@ class _NoPool:
 
         check_grader_name(config.grader)
 
-    def close(self) -> None:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
         pass
+
+    def unusable(self, answers) -> dict:
+        return {}
