@@ -255,10 +255,11 @@ def _check_run_dir(folder: Path) -> None:
     """Try to write there, and remove whatever that created."""
     try:
         existing = folder
-        while not existing.exists():
+        # Links that lead nowhere exist, too: nothing could be made of them.
+        while not os.path.lexists(existing):
             existing = existing.parent
         if not existing.is_dir():
-            raise NotADirectoryError(f"{existing} is a file")
+            raise NotADirectoryError(f"{existing} is not a folder")
         probe = existing / f".probe_{uuid.uuid4().hex}"
         with probe.open("w"):
             pass

@@ -303,9 +303,13 @@ def test_a_folder_that_the_system_refuses(case, capsys, monkeypatch):
     loop.symlink_to(loop)
     case.fails(capsys, ["run.dir", "cannot be written"], f"run.dir={loop}/x")
 
+    is_dir = Path.is_dir
+
     def refuse(path):
         # As for a user who may not enter its parent; tests may run as root.
-        raise PermissionError(13, "Permission denied", str(path))
+        if path == case.model:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_dir(path)
 
     monkeypatch.setattr(Path, "is_dir", refuse)
     case.fails(capsys, [str(case.model), "Permission denied"])
