@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from megatron_dgpo import sbatch, stop
-from megatron_dgpo.cluster import Node
+from megatron_dgpo.cluster import Node, torchrun_environment
 from megatron_dgpo.config import Config, load_config
 from megatron_dgpo.errors import UsageError
 
@@ -33,9 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         # In an array of jobs %a stands for the index, which is not known before the job runs.
         array = options.command == "launch"
-        config = load_config(options.config, [o.replace("%a", "0") if array else o for o in options.overrides])
+        overrides = [o.replace("%a", "0") if array else o for o in options.overrides]
         if getattr(options, "model", None):
-            config = config.model_copy(update={"model": config.model.model_copy(update={"path": options.model})})
+            overrides.append(f"model.path={options.model}")
+        config = load_config(options.config, overrides)
         return _run(options, config, arguments)
     except UsageError as error:
         print(f"megatron-dgpo {options.command}: {error}", file=sys.stderr)
@@ -95,8 +96,9 @@ def _launch(options: argparse.Namespace, config: Config) -> int:
 def _run(options: argparse.Namespace, config: Config, arguments: list[str]) -> int:
     if options.command == "launch":
         return _launch(options, config)
-    from megatron_dgpo import launcher
+    from megatron_dgpo import launcher, machine
 
+    machine.choose_device()
     if launcher.is_rank():
         return _run_rank(options, config)
     node = Node.here(config.run.dir)
@@ -108,6 +110,7 @@ def _run(options: argparse.Namespace, config: Config, arguments: list[str]) -> i
     world_size = launcher.trainer_size(config, node)
     if node.index == 0:
         _check(options, config, world_size, world_size // node.count)
+        _say_device(options, config, world_size // node.count, node.count)
     return launcher.launch(arguments, config, node, world_size, needs_servers)
 
 
@@ -115,7 +118,21 @@ def _check(options: argparse.Namespace, config: Config, world_size: int, local_s
     from megatron_dgpo.preflight import check
 
     checkpoint, from_model = getattr(options, "checkpoint", None), bool(getattr(options, "model", 0))
-    check(options.command, config, world_size, local_size, checkpoint, from_model)
+    try:
+        check(options.command, config, world_size, local_size, checkpoint, from_model)
+    except OSError as error:
+        # A folder that may not be entered, a name too long: whichever file it was, the system says why.
+        raise UsageError(f"{error.filename or options.config}: {error.strerror or error}") from None
+
+
+def _say_device(options: argparse.Namespace, config: Config, local_size: int, nodes: int) -> None:
+    from megatron_dgpo import machine
+    from megatron_dgpo.rollout import server
+
+    servers = server.own_count(options.command, config)
+    each = f"each of {nodes} nodes: " if nodes > 1 else ""
+    line = machine.describe(local_size, servers, config.model.layer_spec)
+    print(f"megatron-dgpo {options.command}: {each}{line}", file=sys.stderr, flush=True)
 
 
 def _run_rank(options: argparse.Namespace, config: Config) -> int:
@@ -129,9 +146,14 @@ def _run_rank(options: argparse.Namespace, config: Config) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     world_size = int(os.environ["WORLD_SIZE"])
     data_parallel_size(config.parallel, world_size)
-    if server.ADDRESSES not in os.environ and os.environ["RANK"] == "0":
+    if server.ADDRESSES not in os.environ:
         # Not started by our launcher, which has checked already.
-        _check(options, config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+        for name, value in torchrun_environment().items():
+            os.environ.setdefault(name, value)
+        if os.environ["RANK"] == "0":
+            local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+            _check(options, config, world_size, local_size)
+            _say_device(options, config, local_size, world_size // local_size)
     finished = True
     if options.command == "sft":
         from megatron_dgpo.sft import sft

@@ -8,6 +8,7 @@ is in them.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
 import socket
@@ -53,16 +54,13 @@ class Node:
             int(variables.get("SLURM_NODEID", 0)),
             int(variables.get("SLURM_STEP_NUM_NODES", 1)),
             int(variables.get(ROLLOUT_NODES, 0)),
-            _own_address(variables),
+            _own_address(variables, variables["SLURM_LAUNCH_NODE_IPADDR"]),
             in_job=True,
         )
 
     def environment(self) -> dict[str, str]:
         """Where this node's processes meet those of other nodes; what the user has set stays."""
-        if self.address == _LOOPBACK:
-            return {}
-        found = {"VLLM_HOST_IP": self.address, "GLOO_SOCKET_IFNAME": _interface_of(self.address)}
-        return {name: value for name, value in found.items() if value and name not in os.environ}
+        return {} if self.address == _LOOPBACK else {"VLLM_HOST_IP": self.address, **_interfaces(self.address)}
 
     def publish(self, name: str, value) -> None:
         """Tell the other nodes."""
@@ -94,7 +92,32 @@ class Node:
         return True
 
 
-def _own_address(variables: Mapping[str, str]) -> str:
+def torchrun_environment(variables: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What a rank that torchrun started lacks to meet those of other nodes; empty on one node.
+
+    Left to themselves gloo takes the address that this node's name has, often 127.0.1.1, and NCCL the first interface.
+    Raises UsageError where the way to MASTER_ADDR does not tell which one it must be.
+    """
+    if int(variables["WORLD_SIZE"]) <= int(variables.get("LOCAL_WORLD_SIZE", variables["WORLD_SIZE"])):
+        return {}
+    if "GLOO_SOCKET_IFNAME" in variables:
+        return {"NCCL_SOCKET_IFNAME": f"={variables['GLOO_SOCKET_IFNAME']}"}
+    address = _own_address(variables, variables["MASTER_ADDR"])
+    if ipaddress.ip_address(address).is_loopback:
+        raise UsageError(
+            f"MASTER_ADDR={variables['MASTER_ADDR']} is {address} on this node, where the other nodes cannot reach it: "
+            f"name the network between them, {INTERFACE}=eth0 for example"
+        )
+    return _interfaces(address)
+
+
+def _interfaces(address: str) -> dict[str, str]:
+    """Where gloo and NCCL listen: on the interface with this address. NCCL takes a name without = for a prefix."""
+    name = _interface_of(address)
+    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"} if name else {}
+
+
+def _own_address(variables: Mapping[str, str], first_node: str) -> str:
     if name := variables.get(INTERFACE):
         addresses = psutil.net_if_addrs().get(name, [])
         found = [address.address for address in addresses if address.family == socket.AF_INET]
@@ -103,7 +126,10 @@ def _own_address(variables: Mapping[str, str]) -> str:
         return found[0]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         # Sends nothing: asks the kernel for the route.
-        probe.connect((variables["SLURM_LAUNCH_NODE_IPADDR"], 9))
+        try:
+            probe.connect((first_node, 9))
+        except OSError as error:
+            raise UsageError(f"no way to the first node, {first_node}: {error.strerror or error}") from None
         return probe.getsockname()[0]
 
 

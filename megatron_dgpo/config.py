@@ -3,34 +3,89 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, ValidationError
 
-from megatron_dgpo.errors import UsageError
+from megatron_dgpo.errors import UsageError, shown
+
+_MOST_FILE_BYTES = 256 * 2**10
+"""A file of every setting has 5 KiB. What is larger is something else, and PyYAML would take minutes to say so."""
+_MOST_NAME_BYTES, _MOST_PATH_BYTES = 255, 4096
+"""NAME_MAX and PATH_MAX of Linux."""
+_MOST_LEVELS = 20
+_MOST_PROBLEMS = 5
+_NULL = ("", "~", "null", "Null", "NULL")
+
+
+def _check_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("is not UTF-8 text") from None
+    if "\0" in text:
+        raise ValueError("holds a NUL character")
+    return text
+
+
+def _expand(path: Any) -> Any:
+    """`~` is the user's home, as in the shell. Of the text: pathlib forgets the ./ of ./~ and takes "" for a folder."""
+    if path == "":
+        raise ValueError("expected a path")
+    if not isinstance(path, str) or path[0] != "~":
+        return path
+    expanded = os.path.expanduser(path)
+    if expanded == path:
+        raise ValueError(f"no home folder of that user; write ./{path} for a folder of that name")
+    return expanded
+
+
+def _check_path(path: Path) -> Path:
+    """What no file system could hold is refused before anyone asks one."""
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ValueError("is not UTF-8 text") from None
+    if b"\0" in encoded:
+        raise ValueError("holds a NUL character")
+    if len(encoded) >= _MOST_PATH_BYTES or any(len(name) > _MOST_NAME_BYTES for name in encoded.split(b"/")):
+        raise ValueError(
+            f"longer than file systems allow, {_MOST_NAME_BYTES} bytes a name and {_MOST_PATH_BYTES} in all"
+        )
+    return path
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+FilePath = Annotated[Path, BeforeValidator(_expand), AfterValidator(_check_path)]
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+Bytes = Annotated[int, Field(gt=0, lt=2**63)]
+Seconds = Annotated[float, Field(gt=0, le=2_000_000)]
+"""At most 23 days: poll(2) counts milliseconds in 31 bits."""
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Run(Section):
-    dir: Path = Path("runs/default")
+    dir: FilePath = Path("runs/default")
     """Checkpoints, logs, metrics and plots go here; the same folder continues the same run."""
-    steps: PositiveInt = 100
+    steps: Count = 100
     """Training steps; one step samples, updates and pushes the new weights to the engines."""
-    seed: int = 1
+    seed: int = Field(1, ge=0, lt=2**31)
     check_finite: bool = False
     """Stop at the first NaN or infinity that reaches the loss, naming tensor and token; for debugging, slower."""
 
 
 class Model(Section):
-    path: Path
+    path: FilePath
     """The starting policy: a Hugging Face directory (config, tokenizer, safetensors), or what
     tools/convert_checkpoint.py makes of one for Megatron."""
-    reference: Path | None = None
+    reference: FilePath | None = None
     """The frozen reference, of either format; null: the starting policy itself."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights and activations; master weights and gradients are float32."""
@@ -46,14 +101,14 @@ class Model(Section):
 
 
 class Parallel(Section):
-    tensor: PositiveInt = 1
-    pipeline: PositiveInt = 1
-    chunks_per_stage: PositiveInt = 1
+    tensor: Count = 1
+    pipeline: Count = 1
+    chunks_per_stage: Count = 1
     """Model chunks per pipeline stage; above 1 the schedule is interleaved 1F1B."""
-    expert: PositiveInt = 1
+    expert: Count = 1
     """Ranks, out of the tensor × data ranks of a pipeline stage, that share a layer's experts between them; each expert
     is whole on one of them."""
-    data: PositiveInt | None = None
+    data: Count | None = None
     """Replicas; null: what the number of ranks leaves, or 1 when this command starts the ranks."""
     sequence: bool = False
     """Sequence parallelism over the tensor-parallel group."""
@@ -67,9 +122,9 @@ class Parallel(Section):
 
 
 class Batching(Section):
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: Count = 1
     """Responses a rank runs through the model at once."""
-    minibatches: PositiveInt = 1
+    minibatches: Count = 1
     """Optimizer steps made from one step's responses."""
 
 
@@ -77,7 +132,7 @@ class Optimizer(Section):
     lr: PositiveFloat = 1e-6
     min_lr: float = Field(0.0, ge=0)
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, lt=2**31)
     """Optimizer steps over which the learning rate rises from 0."""
     weight_decay: float = Field(0.1, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -85,7 +140,7 @@ class Optimizer(Section):
     eps: PositiveFloat = 1e-8
     clip_grad: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
-    max_skipped_steps: PositiveInt = 3
+    max_skipped_steps: Count = 3
     """Optimizer steps in a row with a non-finite loss or gradient after which training stops."""
 
 
@@ -114,22 +169,22 @@ class Algorithm(Section):
 
 
 class Rollout(Section):
-    prompts_per_step: PositiveInt = 32
-    group_size: PositiveInt = 8
+    prompts_per_step: Count = 32
+    group_size: Count = 8
     """Responses per prompt."""
     temperature: PositiveFloat = 1.0
-    max_response_tokens: PositiveInt = 1024
-    context_tokens: PositiveInt = 2048
+    max_response_tokens: Count = 1024
+    context_tokens: Count = 2048
     """Longest prompt plus response, in tokens."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the engine's weights; auto: model.dtype."""
-    servers: PositiveInt = 1
+    servers: Count = 1
     """vLLM servers that this command starts on this machine."""
-    tensor: PositiveInt = 1
+    tensor: Count = 1
     """Tensor-parallel size of each server."""
     expert_parallel: bool = False
     """Experts whole on one of a server's workers each, instead of all cut over all workers."""
-    addresses: tuple[str, ...] = ()
+    addresses: tuple[Text, ...] = ()
     """Running servers (http://host:port), instead of starting any; their secret in MEGATRON_DGPO_SECRET."""
     transport: Literal["auto", "memory", "shards", "ipc"] = "auto"
     """How weights travel. memory: workers on this machine read their shards in place, on a CPU; shards: the ranks that
@@ -137,29 +192,29 @@ class Rollout(Section):
     memory on CPU, on GPUs shards, or ipc if the servers sleep."""
     sleep: bool = False
     """Servers free their GPUs' memory while the policy trains, for servers on the ranks' own GPUs (transport ipc)."""
-    bucket_bytes: PositiveInt = 256 * 2**20
+    bucket_bytes: Bytes = 256 * 2**20
     """Most bytes that a worker receives at once. shards: both sides hold two such buckets; ipc: both hold one, or as
     much as the largest tensor needs."""
-    transfer_timeout_s: PositiveFloat = 30
+    transfer_timeout_s: Seconds = 30
     """shards: longest wait for the other side to take or to give a bucket."""
     check_all_weights: bool = False
     """Compare every parameter's checksum after each update, instead of a sixteenth of them in turn."""
-    memory_bytes: PositiveInt = 256 * 2**20
+    memory_bytes: Bytes = 256 * 2**20
     """KV cache of a CPU server."""
     gpu_memory_fraction: float = Field(0.85, gt=0, le=1)
     """Part of a GPU that a server may take."""
-    max_concurrent: PositiveInt = 128
+    max_concurrent: Count = 128
     """Sequences a server decodes at once."""
     enforce_eager: bool | None = None
     """No torch.compile and CUDA graphs in the server; null: only on CPU."""
-    start_timeout_s: PositiveFloat = 600
-    request_timeout_s: PositiveFloat = 1800
+    start_timeout_s: Seconds = 600
+    request_timeout_s: Seconds = 1800
     """Longest wait for one step's responses."""
-    update_timeout_s: PositiveFloat = 600
+    update_timeout_s: Seconds = 600
     """Longest wait for each step of a weight update, and before the first for all workers to be there."""
     record: bool = False
     """Keep every response with its log-probs under run.dir/rollouts, for inspection and replay."""
-    replay: Path | None = None
+    replay: FilePath | None = None
     """Folder of recorded responses to train on instead of sampling; no server is used."""
     canary_tolerance: PositiveFloat | None = None
     """Mean |trainer - server| log-prob of the server's greedy text that stops training; null: 1e-3 in float32,
@@ -167,12 +222,12 @@ class Rollout(Section):
 
 
 class Data(Section):
-    train: Path
+    train: FilePath
     """JSONL or Parquet file of problems."""
-    eval: Path | None = None
-    prompt_field: str = "question"
-    answer_field: str = "answer"
-    template: str = "{prompt}"
+    eval: FilePath | None = None
+    prompt_field: Text = "question"
+    answer_field: Text = "answer"
+    template: Text = "{prompt}"
     """Text around a problem; {prompt} is replaced."""
     chat: bool = False
     """Wrap the problem as a user message in the tokenizer's chat template."""
@@ -180,38 +235,38 @@ class Data(Section):
 
 
 class Reward(Section):
-    grader: str = "math"
+    grader: Text = "math"
     """math (math-verify), exact, or module:function taking (response: str, answer: str, row: dict) -> float."""
-    timeout_s: PositiveFloat = 10
+    timeout_s: Seconds = 10
     """Time one grading may take before its sample gets reward 0."""
-    workers: PositiveInt = 2
+    workers: Count = 2
     """Grader processes per data-parallel replica."""
 
 
 class Checkpoint(Section):
-    every: PositiveInt = 20
+    every: Count = 20
     """Steps between checkpoints; the last step is always saved."""
-    keep: PositiveInt = 2
+    keep: Count = 2
     """Newest checkpoints kept."""
 
 
 class Eval(Section):
-    every: int = Field(0, ge=0)
+    every: int = Field(0, ge=0, lt=2**31)
     """Steps between evaluations on data.eval; 0: only before the first and after the last step."""
-    samples: PositiveInt = 1
+    samples: Count = 1
     """Responses per problem (k of avg@k and pass@k)."""
     temperature: float = Field(0.0, ge=0)
     """0 is greedy."""
-    problems: PositiveInt | None = None
+    problems: Count | None = None
     """The first so many of data.eval; null: all."""
 
 
 class Sft(Section):
-    data: Path | None = None
+    data: FilePath | None = None
     """JSONL or Parquet file with prompts (data.prompt_field) and solutions (response_field)."""
-    response_field: str = "response"
-    steps: PositiveInt = 100
-    batch_size: PositiveInt = 64
+    response_field: Text = "response"
+    steps: Count = 100
+    batch_size: Count = 64
     """Sequences per optimizer step."""
 
 
@@ -233,26 +288,80 @@ class Config(Section):
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file and apply `section.name=value` overrides; relative paths in the file are relative to it.
 
+    Texts, paths and choices in overrides are taken as they are: no quotes, no escapes; `null` is an optional path's
+    absence. Other values are YAML. In either, scalars are text until their setting says what they are.
     Raises UsageError naming the file or setting, the value found and, for an unknown name, the nearest one.
     """
     path = Path(path)
-    try:
-        settings = yaml.safe_load(path.read_text()) or {}
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(settings, dict):
-        raise UsageError(f"{path}: expected sections such as 'model:' and 'data:', found {type(settings).__name__}")
+    settings = _read(path)
+    for name in Config.model_fields:
+        # Missing, or there with all of its settings commented out.
+        if settings.get(name) is None:
+            settings[name] = {}
     _anchor_paths(settings, Config, path.parent)
     for override in overrides or []:
         _apply_override(settings, override)
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
-        raise UsageError(_explain(error, path)) from None
+        raise UsageError(f"{shown(path)}: {_explain(error)}") from None
+
+
+class _Loader(yaml.BaseLoader):
+    """Every scalar as it is written, null excepted.
+
+    YAML would make a date of 2024-01-01, 90 of 1:30 and 8 of 010, each a folder's name somewhere, but text of 1e-5;
+    and merge keys (<<) and Python's tags can make a short file a large one, or worse.
+    """
+
+    def fetch_flow_collection_start(self, token_class):
+        # Beyond a few levels PyYAML spends seconds on each further bracket.
+        if self.flow_level >= _MOST_LEVELS:
+            raise yaml.scanner.ScannerError(None, None, "nested too deeply", self.get_mark())
+        super().fetch_flow_collection_start(token_class)
+
+    def construct_scalar(self, node):
+        value = super().construct_scalar(node)
+        return None if node.style is None and value in _NULL else value
+
+
+def _parse(text: str) -> Any:
+    """Raises ValueError with the place and what is wrong there."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise ValueError(f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}") from None
+    except yaml.reader.ReaderError as error:
+        raise ValueError(f"{error.reason}: U+{error.character:04X} at character {error.position + 1}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _read(path: Path) -> dict:
+    try:
+        settings = _parse(_content(path).decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{shown(path)}: not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
+    except ValueError as error:
+        raise UsageError(f"{shown(path)}: not valid YAML: {error}") from None
+    settings = {} if settings is None else settings
+    if not isinstance(settings, dict):
+        raise UsageError(f"{shown(path)}: expected sections such as 'model:' and 'data:', found {shown(settings)}")
+    return settings
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_FILE_BYTES + 1)
+    except FileNotFoundError:
+        raise UsageError(f"{shown(path)}: no such config file") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{shown(path)}: cannot be read: {getattr(error, 'strerror', error)}") from None
+    if len(content) > _MOST_FILE_BYTES:
+        raise UsageError(f"{shown(path)}: larger than {_MOST_FILE_BYTES // 2**10} KiB, which no file of settings is")
+    return content
 
 
 def _anchor_paths(settings: dict, section: type[Section], folder: Path) -> None:
@@ -262,37 +371,56 @@ def _anchor_paths(settings: dict, section: type[Section], folder: Path) -> None:
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             if isinstance(value, dict):
                 _anchor_paths(value, field.annotation, folder)
-        elif field.annotation in (Path, Path | None) and isinstance(value, str):
+        elif isinstance(value, str) and value and value[0] != "~" and Path in _kinds(section)[name]:
             settings[name] = str(folder / value)
+
+
+@functools.cache
+def _kinds(section: type[Section]) -> dict[str, set[type]]:
+    """The types that each setting may be of, NoneType among them; str for a choice."""
+    found = {}
+    for name, hint in get_type_hints(section).items():
+        alone = get_origin(hint) is tuple or not get_args(hint)
+        found[name] = {hint} if alone else {str if isinstance(kind, str) else kind for kind in get_args(hint)}
+    return found
 
 
 def _apply_override(settings: dict, override: str) -> None:
     name, separator, text = override.partition("=")
     keys = name.split(".")
     if not separator or len(keys) != 2 or not all(keys):
-        raise UsageError(f"override '{override}': expected section.name=value, for example algorithm.tau=0.3")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    # YAML reads 1e-5 as text: the number grammar is pydantic's business, so text is passed on as it is.
+        raise UsageError(f"override {shown(override)}: expected section.name=value, for example algorithm.tau=0.3")
     section = settings.setdefault(keys[0], {})
     if not isinstance(section, dict):
-        raise UsageError(f"override '{override}': '{keys[0]}' is not a section of settings")
-    section[keys[1]] = value
+        raise UsageError(f"override {shown(override)}: {shown(keys[0])} is not a section of settings")
+    field = Config.model_fields.get(keys[0])
+    kinds = _kinds(field.annotation).get(keys[1], set()) if field else set()
+    if kinds & {str, Path} and not (type(None) in kinds and text == "null"):
+        section[keys[1]] = text
+        return
+    try:
+        section[keys[1]] = _parse(text)
+    except ValueError as error:
+        raise UsageError(f"{name}={shown(text)}: not valid YAML: {error}") from None
 
 
-def _explain(error: ValidationError, path: Path) -> str:
-    lines = []
-    for problem in error.errors():
-        place = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown setting '{place}'{_nearest(place)}")
-        elif problem["type"] == "missing":
-            lines.append(f"setting '{place}' is missing: give it in the file or as {place}=VALUE")
-        else:
-            lines.append(f"{place}={problem['input']!r}: {problem['msg'].lower()}")
-    return f"{path}: " + "; ".join(lines)
+def _explain(error: ValidationError) -> str:
+    problems = error.errors(include_url=False)
+    lines = [_explain_one(problem) for problem in problems[:_MOST_PROBLEMS]]
+    more = len(problems) - _MOST_PROBLEMS
+    return "; ".join([*lines, *([f"and {more} more"] if more > 0 else [])])
+
+
+def _explain_one(problem: dict) -> str:
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] in ("extra_forbidden", "invalid_key"):
+        return f"unknown setting {shown(place)}{_nearest(place)}"
+    if problem["type"] == "missing":
+        return f"setting '{place}' is missing: give it in the file or as {place}=VALUE"
+    if problem["type"] == "model_type":
+        return f"{place}={shown(problem['input'])}: expected a section of settings"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{place}={shown(problem['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def setting_names() -> list[str]:
@@ -302,7 +430,7 @@ def setting_names() -> list[str]:
 
 def _nearest(place: str) -> str:
     candidates = setting_names() if "." in place else list(Config.model_fields)
-    matches = difflib.get_close_matches(place, candidates, n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(place[:100], candidates, n=1, cutoff=0.5)
     if not matches and "." in place:
         leaf = place.rsplit(".", 1)[1]
         matches = [name for name in candidates if name.rsplit(".", 1)[1] == leaf][:1]

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import itertools
 import json
+import math
+import os
+import sys
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
 from megatron_dgpo.config import Config
-from megatron_dgpo.errors import UsageError
+from megatron_dgpo.errors import UsageError, shown
 from megatron_dgpo.rollout.sample import Prompt
+
+_MOST_LEVELS = 100
+"""Of lists and objects in a row. Graders get rows pickled, and pickle ends at about 500."""
+_HINTED_FIELDS = 20
+_HINTED_FILES = 1000
 
 
 @dataclass(frozen=True)
@@ -33,8 +43,7 @@ def load_tokenizer(model_dir: Path):
     try:
         tokenizer = (PreTrainedTokenizerFast if has_own else AutoTokenizer).from_pretrained(model_dir)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"{model_dir} has no tokenizer that transformers can load: {reason}") from None
+        raise UsageError(f"{model_dir} has no tokenizer that transformers can load: {_first_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise UsageError(f"the tokenizer of {model_dir} has no end token (eos_token): responses could not end")
     return tokenizer
@@ -61,6 +70,11 @@ def load_prompts(config: Config, path: Path, setting: str, tokenizer) -> list[Pr
     )
     fields = zip(encoded, texts, answers, rows, strict=True)
     return [Prompt(index, ids, text, answer, row) for index, (ids, text, answer, (_, row)) in enumerate(fields)]
+
+
+def place_of(path: Path, setting: str, index: int) -> str:
+    """File and line of a problem of `load_prompts`. Reads the file again."""
+    return _rows(path, setting)[index][0]
 
 
 def load_solutions(config: Config, tokenizer) -> list[Solution]:
@@ -124,14 +138,21 @@ def _encode_prompts(config: Config, tokenizer, rows: list[tuple[str, dict]]) -> 
     problems = [_field(row, config.data.prompt_field, "data.prompt_field", place) for place, row in rows]
     template = config.data.template
     if "{prompt}" not in template:
-        raise UsageError(f"data.template={template!r} has no {{prompt}}: every problem would be the same text")
+        raise UsageError(f"data.template={shown(template)} has no {{prompt}}: every problem would be the same text")
     # Not str.format: templates and problems hold LaTeX braces.
     texts = [template.replace("{prompt}", problem) for problem in problems]
     if config.data.chat:
         if not tokenizer.chat_template:
             raise UsageError(f"data.chat=true, but the tokenizer of {config.model.path} has no chat template")
         conversations = [[{"role": "user", "content": text}] for text in texts]
-        texts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+        try:
+            texts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+        except Exception as error:
+            # The template is a program of the model's.
+            raise UsageError(
+                f"data.chat=true: the chat template of {config.model.path} refuses a user message alone: "
+                f"{_first_line(error)}"
+            ) from None
     # A chat template writes the special tokens itself.
     encoded = tokenizer(texts, add_special_tokens=not config.data.chat).input_ids
     for (place, _), token_ids in zip(rows, encoded, strict=True):
@@ -152,30 +173,69 @@ def _check_lengths(rows: list[tuple[str, dict]], lengths: list[int], longest: in
 
 def _field(row: dict, name: str, setting: str, place: str) -> str:
     if name not in row:
-        near = difflib.get_close_matches(name, row, n=1)
-        hint = f"; did you mean {setting}={near[0]}?" if near else f"; it has {', '.join(map(str, row)) or 'none'}"
-        raise UsageError(f"{place}: no field '{name}' ({setting}){hint}")
+        fields = [str(field)[:100] for field in itertools.islice(row, _HINTED_FIELDS)]
+        near = difflib.get_close_matches(name[:100], fields, n=1)
+        hint = f"; did you mean {setting}={near[0]}?" if near else f"; it has {', '.join(fields) or 'none'}"
+        raise UsageError(f"{place}: no field {shown(name)} ({setting}){hint}")
     value = row[name]
     if not isinstance(value, str | int | float) or isinstance(value, bool):
-        raise UsageError(f"{place}: field '{name}' ({setting}) holds {type(value).__name__}, expected text or a number")
-    return str(value)
+        raise UsageError(
+            f"{place}: field {shown(name)} ({setting}) holds {type(value).__name__}, expected text or a number"
+        )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{place}: field {shown(name)} ({setting}) holds {value}, expected text or a finite number")
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # JSON can write half of a pair, \ud83d alone; no tokenizer takes it.
+        raise UsageError(
+            f"{place}: field {shown(name)} ({setting}) holds half a character, {text[error.start]!r} at character "
+            f"{error.start + 1}"
+        ) from None
+    return text
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def _rows(path: Path, setting: str) -> list[tuple[str, dict]]:
     """(file:line, row) of every row."""
-    if not path.is_file():
-        raise UsageError(f"{setting}={path} {'is a folder' if path.is_dir() else 'does not exist'}{_nearest(path)}")
-    rows = _parquet_rows(path, setting) if path.suffix == ".parquet" else _jsonl_rows(path, setting)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        rows = _parquet_rows(path, setting) if path.suffix == ".parquet" else _jsonl_rows(path)
+    except FileNotFoundError:
+        raise UsageError(f"{setting}={path} does not exist{_nearest(path)}") from None
+    except IsADirectoryError:
+        raise UsageError(f"{setting}={path} is a folder{_nearest(path)}") from None
+    except OSError as error:
+        raise UsageError(f"{setting}={path} cannot be read: {error.strerror or error}") from None
     if not rows:
         raise UsageError(f"{setting}={path} holds no rows")
+    for place, row in rows:
+        if _is_deep(row):
+            raise UsageError(f"{place}: nested more than {_MOST_LEVELS} levels deep")
     return rows
+
+
+def _is_deep(row: dict) -> bool:
+    level = [row]
+    for _ in range(_MOST_LEVELS):
+        children = (child for value in level for child in (value.values() if isinstance(value, dict) else value))
+        level = [child for child in children if isinstance(child, dict | list | tuple)]
+        if not level:
+            return False
+    return True
 
 
 def _nearest(path: Path) -> str:
     folder = path if path.is_dir() else path.parent
     if not folder.is_dir():
         return f"; nor does its folder {folder}"
-    files = [entry.name for entry in folder.iterdir() if entry.is_file()]
+    with os.scandir(folder) as entries:
+        files = [entry.name for entry in itertools.islice(entries, _HINTED_FILES) if entry.is_file()]
     near = difflib.get_close_matches(path.name, files, n=3, cutoff=0.5)
     near = near or sorted(name for name in files if name.endswith((".jsonl", ".parquet")))[:3]
     return f"; did you mean {' or '.join(str(folder / name) for name in near)}?" if near else ""
@@ -185,27 +245,32 @@ def _parquet_rows(path: Path, setting: str) -> list[tuple[str, dict]]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UsageError(f"{setting}={path} is not a readable Parquet file: {error}") from None
-    return [(f"{path}: row {number}", row) for number, row in enumerate(table.to_pylist(), 1)]
+        with path.open("rb") as file:
+            rows = pyarrow.parquet.read_table(file).to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise UsageError(f"{setting}={path} is not a readable Parquet file: {_first_line(error)}") from None
+    return [(f"{path}: row {number}", row) for number, row in enumerate(rows, 1)]
 
 
-def _jsonl_rows(path: Path, setting: str) -> list[tuple[str, dict]]:
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise UsageError(f"{setting}={path} cannot be read: {error.strerror}") from None
+def _jsonl_rows(path: Path) -> list[tuple[str, dict]]:
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     return [(f"{path}:{n}", _object(line, f"{path}:{n}")) for n, line in enumerate(lines, 1) if line.strip()]
 
 
 def _object(line: bytes, place: str) -> dict:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode())
     except json.JSONDecodeError as error:
         raise UsageError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{place}: not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
+    except RecursionError:
+        raise UsageError(f"{place}: nested more than {_MOST_LEVELS} levels deep") from None
+    except ValueError:
+        # Python's limit, against the quadratic time that reading one takes.
+        raise UsageError(f"{place}: holds an integer of more than {sys.get_int_max_str_digits():,} digits") from None
     if not isinstance(row, dict):
         raise UsageError(f"{place}: expected a JSON object, found {type(row).__name__}")
     return row

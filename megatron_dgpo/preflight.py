@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import uuid
 from pathlib import Path
-from urllib.parse import urlparse
 
 import torch
 
 from megatron_dgpo.config import Config, Parallel
-from megatron_dgpo.data import load_prompts, load_solutions, load_tokenizer
-from megatron_dgpo.errors import UsageError
+from megatron_dgpo.data import load_prompts, load_solutions, load_tokenizer, place_of
+from megatron_dgpo.errors import UsageError, shown
 from megatron_dgpo.manifest import check_architecture, check_origins, check_steps, newest, origins, read_manifest
 from megatron_dgpo.model.compat import check_packages
-from megatron_dgpo.rewards.pool import check_grader
+from megatron_dgpo.rewards.pool import GraderPool
 from megatron_dgpo.rollout import server
 from megatron_dgpo.weights.architectures import Architecture, check_layout, read_architecture
 from megatron_dgpo.weights.load import check_weights
 from megatron_dgpo.weights.resharding import VllmLayout, check_vllm_layout
 from megatron_dgpo.weights.vocabulary import check_token_ids
+
+_LABEL = r"[A-Za-z0-9_-]{1,63}"
+_ADDRESS = re.compile(rf"https?://(?:(?P<name>{_LABEL}(?:\.{_LABEL})*)|\[(?P<v6>[^\]]*)\])(?::(?P<port>[0-9]{{1,5}}))?")
+_PROCESSES_PER_CORE = 16
+"""More ranks and servers' workers than that, each a Python process with PyTorch, a CPU only swaps."""
 
 
 def check(
@@ -33,7 +38,7 @@ def check(
     architecture = _check_model(config)
     replicas = world_size // (config.parallel.tensor * config.parallel.pipeline)
     check_layout(architecture, config.parallel.model_copy(update={"data": replicas}), config.model.path)
-    _check_devices(local_size)
+    _check_devices(config, local_size, server.own_count(command, config))
     _check_overlaps(config.parallel)
     check_packages(config.model)
     tokenizer = load_tokenizer(config.model.path)
@@ -43,11 +48,9 @@ def check(
         load_solutions(config, tokenizer)
     else:
         _check_rollouts(config, architecture)
-        check_grader(config.reward)
-        if config.data.eval:
-            load_prompts(config, config.data.eval, "data.eval", tokenizer)
+        _check_evaluation(config)
+        _check_rewards(config, command, tokenizer)
     if command == "train":
-        load_prompts(config, config.data.train, "data.train", tokenizer)
         _check_step_sizes(config, replicas)
     if command == "eval" and config.data.eval is None:
         raise UsageError("data.eval is missing: give the file of problems to evaluate on")
@@ -85,11 +88,49 @@ def _check_model(config: Config) -> Architecture:
     return architecture
 
 
-def _check_devices(local_size: int) -> None:
-    count = torch.cuda.device_count()
-    if count and local_size > count:
+def _check_devices(config: Config, ranks: int, servers: int) -> None:
+    """`ranks` and `servers` of this machine, which start together."""
+    workers = servers * config.rollout.tensor
+    if not torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0))
+        if ranks + workers > _PROCESSES_PER_CORE * cores:
+            raise UsageError(
+                f"{ranks} ranks (parallel.tensor × pipeline × data) and {workers} vLLM workers (rollout.servers × "
+                f"tensor) are too many for the {cores} CPU cores of this machine"
+            )
+        return
+    gpus = torch.cuda.device_count()
+    if ranks > gpus:
+        raise UsageError(f"parallel.tensor × pipeline × data = {ranks} ranks here, but this machine has {gpus} GPUs")
+    if servers:
+        _check_shared_gpus(config, ranks, workers, gpus)
+
+
+def _check_shared_gpus(config: Config, ranks: int, workers: int, gpus: int) -> None:
+    """The servers' GPUs are the first ones of the ranks if they sleep, and otherwise the next ones."""
+    wanted = f"rollout.servers × rollout.tensor = {workers} GPUs"
+    if config.rollout.sleep and workers > ranks:
         raise UsageError(
-            f"parallel.tensor × pipeline × data = {local_size} ranks here, but this machine has {count} GPUs"
+            f"rollout.sleep=true shares the ranks' GPUs, but {wanted}, and parallel.tensor × pipeline × data = {ranks} "
+            "ranks: a worker would be on a GPU that no rank sends its weights from; use as many ranks, or fewer workers"
+        )
+    if not config.rollout.sleep and ranks + workers > gpus:
+        raise UsageError(
+            f"parallel.tensor × pipeline × data = {ranks} and {wanted} are more than the {gpus} of this machine; use "
+            "fewer, or let the servers share the ranks' GPUs with rollout.sleep=true"
+        )
+    if not config.rollout.sleep and server.transport(config) == "ipc":
+        raise UsageError(
+            "rollout.transport=ipc is for servers on the ranks' own GPUs, and with rollout.sleep=false these have "
+            "others; use shards, or set rollout.sleep=true"
+        )
+
+
+def _check_evaluation(config: Config) -> None:
+    if config.data.eval and config.eval.samples > 1 and config.eval.temperature == 0:
+        raise UsageError(
+            f"eval.samples={config.eval.samples} with eval.temperature=0: greedy responses are all the same; set "
+            f"eval.samples=1, or a temperature such as {config.rollout.temperature:g}"
         )
 
 
@@ -119,15 +160,38 @@ def _check_rollouts(config: Config, architecture: Architecture) -> None:
             f"rollout.sleep is for servers on the ranks' own GPUs, which rollout.transport={rollout.transport} cannot "
             "reach; use ipc"
         )
+    needed = {"memory": False, "ipc": True}.get(rollout.transport)
+    if needed is not None and needed != torch.cuda.is_available():
+        where = "GPUs, and there are none here" if needed else "the CPU, and here are GPUs"
+        raise UsageError(f"rollout.transport={rollout.transport} is for {where}; use auto")
     for address in rollout.addresses:
-        host = urlparse(address).hostname
-        if urlparse(address).scheme not in ("http", "https") or not host:
-            raise UsageError(f"rollout.addresses: '{address}' is not an address such as http://host:8000")
-        if server.transport(config) == "memory" and not _is_loopback(host):
-            raise UsageError(
-                f"rollout.addresses: {address} is another machine, but rollout.transport=memory shares memory with "
-                "servers of this one; use rollout.transport=shards"
-            )
+        _check_address(config, address)
+    if len(set(rollout.addresses)) < len(rollout.addresses):
+        raise UsageError("rollout.addresses names a server twice")
+
+
+def _check_address(config: Config, address: str) -> None:
+    host = _host_of(address)
+    if host is None:
+        raise UsageError(f"rollout.addresses: {shown(address)} is not an address such as http://host:8000")
+    if server.transport(config) == "memory" and not _is_loopback(host):
+        raise UsageError(
+            f"rollout.addresses: {address} is another machine, but rollout.transport=memory shares memory with "
+            "servers of this one; use rollout.transport=shards"
+        )
+
+
+def _host_of(address: str) -> str | None:
+    """None where it is not an address and nothing more: paths are put behind it."""
+    found = _ADDRESS.fullmatch(address)
+    if not found or int(found["port"] or 0) > 65535:
+        return None
+    if found["v6"]:
+        try:
+            return str(ipaddress.IPv6Address(found["v6"]))
+        except ValueError:
+            return None
+    return found["name"] if len(found["name"]) <= 253 else None
 
 
 def _is_loopback(host: str) -> bool:
@@ -135,6 +199,26 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _check_rewards(config: Config, command: str, tokenizer) -> None:
+    """The grader must load, the problems must fit, and a response must be able to be right."""
+    most = _PROCESSES_PER_CORE * len(os.sched_getaffinity(0))
+    if config.reward.workers > most:
+        raise UsageError(f"reward.workers={config.reward.workers}: at most {most} on the CPU cores of this machine")
+    files = [("data.train", config.data.train)] * (command == "train")
+    files += [("data.eval", config.data.eval)] * (config.data.eval is not None)
+    with GraderPool(config.reward) as graders:
+        for setting, path in files:
+            prompts = load_prompts(config, path, setting, tokenizer)
+            unusable = graders.unusable([prompt.answer for prompt in prompts])
+            for index, reason in unusable.items():
+                others = f" ({len(unusable)} different answers are like that)" if len(unusable) > 1 else ""
+                raise UsageError(
+                    f"{place_of(path, setting, index)}: no response can be right, because reward.grader="
+                    f"{config.reward.grader} cannot work with field '{config.data.answer_field}' (data.answer_field): "
+                    f"{reason}{others}; correct such rows or take them out, or use another grader"
+                )
 
 
 def _check_step_sizes(config: Config, replicas: int) -> None:
@@ -172,17 +256,16 @@ def _divides(config: Config, name: str, rows: int, rest: int) -> None:
 
 def _check_run_dir(folder: Path) -> None:
     """Try to write there, and remove whatever that created."""
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    probe = existing / f".probe_{uuid.uuid4().hex}"
     try:
+        existing = folder
+        # Links that lead nowhere exist, too: nothing could be made of them.
+        while not os.path.lexists(existing):
+            existing = existing.parent
         if not existing.is_dir():
-            raise NotADirectoryError(f"{existing} is a file")
+            raise NotADirectoryError(f"{existing} is not a folder")
+        probe = existing / f".probe_{uuid.uuid4().hex}"
         with probe.open("w"):
             pass
         probe.unlink()
     except OSError as error:
-        raise UsageError(
-            f"run.dir={folder} cannot be written: {os.strerror(error.errno) if error.errno else error}"
-        ) from None
+        raise UsageError(f"run.dir={folder} cannot be written: {error.strerror or error}") from None

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -238,6 +239,92 @@ def test_responses_do_not_fill_micro_batches(case, capsys):
 
 def test_server_on_another_machine_cannot_share_memory(case, capsys):
     case.fails(capsys, ["http://10.0.0.1:8000", "memory"], "rollout.addresses=['http://10.0.0.1:8000']")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://[bad",
+        "http://[::1",
+        "ftp://a",
+        "a:8000",
+        "http://a:99999",
+        "http://a:x",
+        "http://a/v1",
+        "http://a b",
+        "[]",
+    ],
+)
+def test_an_address_that_is_none(case, capsys, address):
+    case.fails(capsys, [f"'{address}'", "http://host:8000"], f"rollout.addresses=['{address}']")
+
+
+def test_addresses_of_servers(case, capsys):
+    """IPv6, too; the first that is wrong is named."""
+    good = "'http://[::1]:8000', 'http://localhost', 'https://127.0.0.1:1'"
+    case.fails(capsys, ["'http://a:b'", "such as"], f"rollout.addresses=[{good}, 'http://a:b']")
+    case.fails(capsys, ["names a server twice"], f"rollout.addresses=[{good}, 'http://localhost']")
+
+
+def test_responses_of_an_evaluation_that_are_all_the_same(case, capsys):
+    expected = ["eval.samples=8 with eval.temperature=0", "set eval.samples=1, or a temperature such as 1"]
+    case.fails(capsys, expected, "eval.samples=8")
+
+
+def test_more_processes_than_a_cpu_can_run(case, capsys):
+    case.fails(capsys, ["1 ranks", "1000000 vLLM workers", "CPU cores"], "rollout.servers=1000000")
+
+
+def test_a_transport_for_gpus(case, capsys):
+    case.fails(capsys, ["rollout.transport=ipc is for GPUs"], "rollout.transport=ipc")
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        # NCCL would say "Duplicate GPU", after minutes.
+        (["rollout.servers=7", "parallel.data=2"], ["= 2 and", "= 7 GPUs", "more than the 8", "rollout.sleep=true"]),
+        # vLLM would say "IPC handle not found for GPU UUID".
+        (["rollout.servers=2", "rollout.sleep=true"], ["= 2 GPUs", "= 1 ranks", "no rank sends its weights from"]),
+        (["rollout.transport=ipc"], ["rollout.transport=ipc", "set rollout.sleep=true"]),
+        (["rollout.transport=memory"], ["rollout.transport=memory is for the CPU"]),
+        (["rollout.sleep=true", "rollout.transport=shards"], ["rollout.sleep", "use ipc"]),
+        (["parallel.data=9", "rollout.prompts_per_step=9"], ["9 ranks here", "8 GPUs"]),
+    ],
+)
+def test_layouts_that_eight_gpus_cannot_have(case, capsys, monkeypatch, overrides, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    case.fails(capsys, expected, *overrides)
+
+
+def test_a_folder_that_the_system_refuses(case, capsys, monkeypatch):
+    loop = case.folder / "loop"
+    loop.symlink_to(loop)
+    case.fails(capsys, ["run.dir", "cannot be written"], f"run.dir={loop}/x")
+
+    is_dir = Path.is_dir
+
+    def refuse(path):
+        # As for a user who may not enter its parent; tests may run as root.
+        if path == case.model:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    case.fails(capsys, [str(case.model), "Permission denied"])
+
+
+def test_a_model_given_to_eval_is_taken_as_it_is(case, capsys):
+    config = case.folder / "config.yaml"
+    config.write_text(yaml.safe_dump(case.settings))
+    assert main(["eval", str(config), "--model", "no #such"]) == 2
+    assert "model directory no #such does not exist" in capsys.readouterr().err
+
+
+def test_a_job_whose_gpus_pytorch_does_not_see(case, capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    case.fails(capsys, ["PyTorch sees no GPU", "SLURM_GPUS_ON_NODE=8", "MEGATRON_DGPO_DEVICE=cpu"])
 
 
 def test_checkpoint_of_another_model(case, capsys):

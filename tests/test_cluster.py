@@ -1,11 +1,14 @@
 """A node's place in a job, from SLURM's variables and a folder that nodes share."""
 
 import re
+import socket
 import threading
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
-from megatron_dgpo.cluster import INTERFACE, JOB, ROLLOUT_NODES, Node
+from megatron_dgpo.cluster import INTERFACE, JOB, ROLLOUT_NODES, Node, torchrun_environment
 from megatron_dgpo.errors import UsageError
 
 VARIABLES = {JOB: "7.1", "SLURM_NODEID": "2", "SLURM_STEP_NUM_NODES": "4", "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}
@@ -26,6 +29,39 @@ def test_address_of_a_named_interface(tmp_path):
     assert Node.here(tmp_path, VARIABLES | {INTERFACE: "lo"}).address == "127.0.0.1"
     with pytest.raises(UsageError, match=f"{INTERFACE}=ib7"):
         Node.here(tmp_path, VARIABLES | {INTERFACE: "ib7"})
+
+
+@pytest.fixture
+def ib0(monkeypatch):
+    entry = SimpleNamespace(family=socket.AF_INET, address="10.9.8.7")
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"eth0": [], "ib0": [entry]})
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_gloo_and_nccl_meet_on_the_same_interface(tmp_path, ib0):
+    assert Node(tmp_path, address="10.9.8.7").environment() == {
+        "VLLM_HOST_IP": "10.9.8.7",
+        "GLOO_SOCKET_IFNAME": "ib0",
+        # Without = it would mean ib01, too.
+        "NCCL_SOCKET_IFNAME": "=ib0",
+    }
+    assert Node(tmp_path).environment() == {}
+
+
+def test_ranks_of_torchrun_find_the_interface_or_say_what_they_need(ib0):
+    world = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1"}
+    assert torchrun_environment(world | {"LOCAL_WORLD_SIZE": "16"}) == {}
+    assert torchrun_environment({"WORLD_SIZE": "2"}) == {}
+    found = {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "=ib0"}
+    assert torchrun_environment(world | {INTERFACE: "ib0"}) == found
+    # What the user has set for gloo holds for NCCL.
+    assert torchrun_environment(world | {"GLOO_SOCKET_IFNAME": "eth1"}) == {"NCCL_SOCKET_IFNAME": "=eth1"}
+    # A node whose name is its loopback address, as Debian writes /etc/hosts.
+    with pytest.raises(UsageError, match=f"MASTER_ADDR=127.0.0.1 is 127.0.0.1 on this node.*{INTERFACE}="):
+        torchrun_environment(world)
+    with pytest.raises(UsageError, match="no way to the first node, no-such-host.invalid"):
+        torchrun_environment(world | {"MASTER_ADDR": "no-such-host.invalid"})
 
 
 def test_what_one_node_publishes_others_read(tmp_path):

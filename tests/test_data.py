@@ -98,6 +98,24 @@ def test_solutions_end_with_the_end_token(jsonl, tokenizer):
         ([{"question": ["1"], "answer": "1"}], "train.jsonl:1: field 'question' (data.prompt_field) holds list"),
         ([{"question": "1", "answer": True}], "holds bool, expected text or a number"),
         ([{"question": "", "answer": "1"}], "train.jsonl:1: field 'question' (data.prompt_field) is empty"),
+        (
+            ['{"question": "\\ud83d 1+1", "answer": "2"}'],
+            "'question' (data.prompt_field) holds half a character, '\\ud83d' at",
+        ),
+        (
+            ['{"question": "1", "answer": NaN}'],
+            "field 'answer' (data.answer_field) holds nan, expected text or a finite",
+        ),
+        (['{"question": "1", "answer": 1e999}'], "field 'answer' (data.answer_field) holds inf"),
+        (
+            ['{"question": "1", "answer": ' + "9" * 5000 + "}"],
+            "train.jsonl:1: holds an integer of more than 4,300 digits",
+        ),
+        # Pickle, by which graders get rows, ends before JSON does.
+        (['{"question": "1", "answer": "1", "x": ' + "[" * 600 + "]" * 600 + "}"], "nested more than 100 levels deep"),
+        (['{"a":' * 100_000], "train.jsonl:1: nested more than 100 levels deep"),
+        (["[" * 100_000], "train.jsonl:1: nested more than 100 levels deep"),
+        ([{"x" * 5000: 1}], "no field 'question' (data.prompt_field); it has " + "x" * 100),
         ([], "train.jsonl holds no rows"),
         (["", "  "], "train.jsonl holds no rows"),
     ],
@@ -105,7 +123,7 @@ def test_solutions_end_with_the_end_token(jsonl, tokenizer):
 def test_a_bad_row_is_named(jsonl, tokenizer, rows, message):
     with pytest.raises(UsageError) as error:
         _load(jsonl(*rows), tokenizer)
-    assert message in str(error.value)
+    assert message in str(error.value) and len(str(error.value)) < 500
 
 
 def test_a_prompt_that_is_too_long_is_named_with_both_numbers(jsonl, tokenizer):
@@ -146,6 +164,32 @@ def test_files_of_another_kind_are_refused(tmp_path, tokenizer):
     latin.write_bytes('{"question": "1", "answer": "1"}\n{"question": "é", "answer": "1"}\n'.encode("latin-1"))
     with pytest.raises(UsageError, match=r"train.jsonl:2: not UTF-8 text: .* at byte 15"):
         _load(latin, tokenizer)
+
+
+def test_a_chat_template_that_refuses_is_told(jsonl, tokenizer):
+    tokenizer = make_tokenizer(131)
+    tokenizer.chat_template = "{{ raise_exception('system message first') }}"
+    with pytest.raises(UsageError, match="data.chat=true: the chat template of model refuses .*: system message first"):
+        _load(jsonl({"question": "1", "answer": "1"}), tokenizer, data__chat=True)
+
+
+def test_a_parquet_file_whose_rows_python_cannot_hold(tmp_path, tokenizer):
+    """A time that its datetime has no digits for, text that is not UTF-8: in columns that nobody asked for."""
+    path = tmp_path / "train.parquet"
+    texts = {"question": ["1"], "answer": ["1"]}
+    year_300_000 = pyarrow.array([2**53], pyarrow.timestamp("ms"))
+    not_utf_8 = pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff"))
+    for column in (year_300_000, not_utf_8):
+        pyarrow.parquet.write_table(pyarrow.table(texts | {"x": column}), path)
+        with pytest.raises(UsageError, match="data.train=.*train.parquet is not a readable Parquet file"):
+            _load(path, tokenizer)
+
+
+def test_a_file_that_cannot_be_read_says_why(tmp_path, tokenizer):
+    loop = tmp_path / "train.jsonl"
+    loop.symlink_to(loop)
+    with pytest.raises(UsageError, match="data.train=.*train.jsonl cannot be read: Too many levels of symbolic links"):
+        _load(loop, tokenizer)
 
 
 def test_a_template_without_the_problem_is_refused(jsonl, tokenizer):

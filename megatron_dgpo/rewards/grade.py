@@ -1,70 +1,39 @@
-"""Graders: (response, answer, row) -> reward. They run in worker processes (`worker.py`), never in the trainer."""
+"""Graders: (response, answer, row) -> reward. They run in worker processes (`worker.py`), never in the trainer.
+
+The answer of a response is its last \\boxed{} (boxes side by side are one list) or else its last line, of which what
+follows `####` or "answer (is)" counts. Of a last line that is a sentence without such a mark, `math` takes the only
+expression, or the one after its `=` or "is". Nothing else in the response counts, and headings change nothing.
+
+To `math` that text is right when the whole of it, but for units, is what the data has in value, by math-verify, and is
+written in the data's form: with numbers, their fractions, powers and roots, and otherwise only what the data's answer
+needs. Lists have as many elements as the data's, relations and sets count only if the data has one, sums are worked
+out unless the data's is none, and a percentage is a number with a unit. `x = 18` and true equations are their right
+side. Two different answers are none.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-import re
 from collections.abc import Callable
 
 from megatron_dgpo.errors import UsageError
+from megatron_dgpo.rewards.answer import expected_answer, given_answer, stated_answer
+from megatron_dgpo.rewards.equality import parse_expected, same
 
 Grader = Callable[[str, str, dict], float]
 
-_TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf)\{([^{}]*)\}")
-
-
-def final_answer(text: str) -> str:
-    """What a solution gives as its answer, white space made single: the line after the last `####`, else what the
-    last \\boxed{} holds, else the last line that is not empty; empty if there is none.
-    """
-    answer = marked_answer(text)
-    if answer is None:
-        lines = [line for line in text.splitlines() if line.strip()]
-        answer = lines[-1] if lines else ""
-    return " ".join(answer.split())
-
-
-def marked_answer(text: str) -> str | None:
-    """The line after the last `####`, else the content of the last \\boxed{}, else None."""
-    _, mark, rest = text.rpartition("####")
-    if mark:
-        return rest.strip().partition("\n")[0]
-    start = max(text.rfind(box) for box in ("\\boxed{", "\\framebox{"))
-    if start < 0:
-        return None
-    start = text.index("{", start) + 1
-    depth = 1
-    for stop in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[stop], 0)
-        if depth == 0:
-            content = text[start:stop].strip()
-            whole = _TEXT.fullmatch(content)
-            return whole[1] if whole else content
-    return None
-
 
 def exact(response: str, answer: str, row: dict) -> float:
-    """1 when the response's final answer is the given one's, letter by letter but for white space."""
-    expected = final_answer(answer)
-    return float(bool(expected) and final_answer(response) == expected)
+    """1 when the response's answer is the data's, letter by letter but for white space."""
+    expected = " ".join(expected_answer(answer).split())
+    return float(bool(expected) and " ".join(given_answer(response).text.split()) == expected)
 
 
 def math(response: str, answer: str, row: dict) -> float:
-    """1 when math-verify finds the response's final answer equal to the given one (`1,000.0` is `1000`).
-
-    A marked answer (`####`, \\boxed{}) is taken as the answer; without a mark math-verify looks for the likeliest
-    expression of the response. Its time limits are off: they use signals, hang all the same, and the worker has a
-    limit of its own. Raises ValueError when `answer` holds no expression.
-    """
-    from math_verify import parse, verify
-
-    expected = parse(f"${final_answer(answer)}$", parsing_timeout=None)
-    if not expected:
-        raise ValueError(f"math-verify finds no expression in the data's answer {answer[-80:]!r}")
-    marked = marked_answer(response)
-    given = parse(response if marked is None else f"${marked}$", parsing_timeout=None)
-    return float(verify(expected, given, timeout_seconds=None))
+    """1 when the response's answer is the data's in value and form. Raises ValueError when the data's is none."""
+    expected = parse_expected(expected_answer(answer))
+    return float(same(expected, stated_answer(given_answer(response))))
 
 
 GRADERS: dict[str, Grader] = {"math": math, "exact": exact}

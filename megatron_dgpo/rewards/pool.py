@@ -17,12 +17,16 @@ from multiprocessing.connection import Connection, wait
 
 from megatron_dgpo.config import Reward
 from megatron_dgpo.errors import UsageError
-from megatron_dgpo.rewards.grade import check_grader_name
+from megatron_dgpo.rewards.answer import expected_answer
+from megatron_dgpo.rewards.grade import GRADERS, check_grader_name
 
 # From starting Python to a loaded grader; math-verify takes half a second, a user's module may load a model.
 _START_LIMIT_S = 120
 _MAX_FAILED_STARTS = 3
 _LOGGED_FAILURES = 5
+# Of a worker that computes, time is what the processor spent on it; on a machine with as many times more work than
+# processors its limit is this long at the most.
+_SLOWEST_MACHINE = 20
 # A worker is no rank of a process group, and what it runs has no business with the servers.
 _NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "MEGATRON_DGPO_")
 
@@ -42,11 +46,6 @@ class Score:
     @property
     def failure_kind(self) -> str | None:
         return self.failure.partition(":")[0] if self.failure else None
-
-
-def check_grader(config: Reward) -> None:
-    """Load `reward.grader` in a process of its own and end it. Raises UsageError when that does not work."""
-    GraderPool(config.model_copy(update={"workers": 1})).close()
 
 
 class GraderPool:
@@ -88,11 +87,33 @@ class GraderPool:
         self._workers = []
 
     def score(self, items: Sequence[tuple[str, str, dict]], prompt_indices: Sequence[int] | None = None) -> list[Score]:
-        """A Score for every (response, answer, row), in order; one grading takes `reward.timeout_s` at the most.
+        """A Score for every (response, answer, row), in order.
 
+        One grading takes `reward.timeout_s` at the most, of the processor's time while it computes and of the clock's
+        while it waits, so that right answers are not lost to a busy machine.
         prompt_indices: what failures are logged under; by default the place in `items`.
         Raises RuntimeError when the graders, which started before, cannot be started any more.
         """
+        scores = self._grade(items)
+        self._report(scores, range(len(items)) if prompt_indices is None else prompt_indices)
+        return scores
+
+    def unusable(self, answers: Sequence[str]) -> dict[int, str]:
+        """{place: reason} of the data's answers that a built-in grader cannot work with: no response could be right.
+
+        Each distinct one is graded once, as the answer of a response. What graders of the user's own take is theirs.
+        """
+        if self._config.grader not in GRADERS:
+            return {}
+        places = {expected_answer(answer): place for place, answer in reversed(list(enumerate(answers)))}
+        scores = self._grade([(rf"\boxed{{{text}}}", answers[place], {}) for text, place in places.items()])
+        return {
+            place: score.failure or f"the answer {answers[place][-80:]!r} cannot be given in a \\boxed{{}}"
+            for place, score in sorted(zip(places.values(), scores, strict=True), key=lambda pair: pair[0])
+            if score.reward != 1
+        }
+
+    def _grade(self, items: Sequence[tuple[str, str, dict]]) -> list[Score]:
         scores: list[Score | None] = [None] * len(items)
         waiting = deque(range(len(items)))
         try:
@@ -111,7 +132,6 @@ class GraderPool:
             # Answers that nobody waited for would be taken for the next call's.
             self.close()
             raise
-        self._report(scores, range(len(items)) if prompt_indices is None else prompt_indices)
         return scores
 
     def _wait(self) -> list[tuple[int, Score]]:
@@ -125,6 +145,8 @@ class GraderPool:
             if worker.connection in spoke:
                 kind, value = worker.hear()
             elif now >= worker.deadline:
+                if worker.postpone(self._config.timeout_s):
+                    continue
                 limit_s = self._config.timeout_s if worker.ready else _START_LIMIT_S
                 kind, value = "timeout", f"took longer than {limit_s:g} s" + " (reward.timeout_s)" * worker.ready
             else:
@@ -177,7 +199,10 @@ class _Worker:
         self.connection = Connection(ours.detach())
         self.ready = False
         self.item: int | None = None
-        self.deadline = time.monotonic() + _START_LIMIT_S
+        self._given = time.monotonic()
+        self._processor_s = 0.0
+        """Processor time of the process when the item was given."""
+        self.deadline = self._given + _START_LIMIT_S
 
     @property
     def idle(self) -> bool:
@@ -185,12 +210,34 @@ class _Worker:
 
     def give(self, item: tuple[str, str, dict], limit_s: float) -> bool:
         """Hand over an item; False when the process has ended since its last one."""
-        self.deadline = time.monotonic() + limit_s
+        self._given, self._processor_s = time.monotonic(), self._processor()[1]
+        self.deadline = self._given + limit_s
         try:
             self.connection.send(item)
         except OSError:
             return False
         return True
+
+    def postpone(self, limit_s: float) -> bool:
+        """At the deadline: give a process that computes what it has not had of its limit, and say whether there was any."""
+        if self.item is None or time.monotonic() >= self._given + _SLOWEST_MACHINE * limit_s:
+            return False
+        computing, processor_s = self._processor()
+        rest_s = limit_s - (processor_s - self._processor_s)
+        if computing and rest_s > 0:
+            # Clock ticks are 10 ms.
+            self.deadline = time.monotonic() + max(rest_s, 0.01)
+        return computing and rest_s > 0
+
+    def _processor(self) -> tuple[bool, float]:
+        """Whether the process computes or waits for a processor, and the processor time of all it did, in seconds."""
+        try:
+            with open(f"/proc/{self._process.pid}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except OSError:
+            return False, 0.0
+        # proc(5), from the third field on: state, and user and system time as the 14th and 15th.
+        return fields[0] == "R", (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def hear(self) -> tuple[str, float | str]:
         try:

@@ -18,7 +18,6 @@ from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.rollout.guard import SECRET
 from megatron_dgpo.rollout.plugin import BACKEND
-from megatron_dgpo.weights.distributed import is_distributed
 
 ADDRESSES = "MEGATRON_DGPO_ADDRESSES"
 _PORTS = range(20000, 32768)
@@ -44,6 +43,12 @@ def start(
         children.append(process.start(name, command(config, port, host), variables, log))
         found.append(f"http://{host}:{port}")
     return children, found
+
+
+def own_count(command: str, config: Config) -> int:
+    """Servers that `megatron-dgpo COMMAND` starts beside its ranks."""
+    given = command == "sft" or config.rollout.replay or config.rollout.addresses
+    return 0 if given else config.rollout.servers
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -82,8 +87,9 @@ def command(config: Config, port: int, host: str = "127.0.0.1") -> list[str]:
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(config.model.path)),
-        # vLLM cannot read a Megatron checkpoint, and need not: weights are pushed before the first request.
-        *(("--load-format", "dummy") if is_distributed(config.model.path) else ()),
+        # Weights are pushed before the first request. Read by every server, those of 235B would be terabytes; and vLLM
+        # cannot read a Megatron checkpoint.
+        *("--load-format", "dummy"),
         *("--host", host, "--port", str(port)),
         *("--dtype", dtype(config)),
         *("--tensor-parallel-size", str(rollout.tensor)),
@@ -131,12 +137,17 @@ def environment(config: Config, index: int, alone: bool = False) -> dict[str, st
         variables["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if torch.cuda.is_available():
         first = index * config.rollout.tensor
-        ranks = config.parallel.tensor * config.parallel.pipeline * (config.parallel.data or 1)
-        shared = torch.cuda.device_count() < ranks + config.rollout.servers * config.rollout.tensor
-        first += 0 if shared or alone else ranks
+        if not alone and not config.rollout.sleep:
+            # Behind those of the ranks, which servers that sleep share.
+            first += config.parallel.tensor * config.parallel.pipeline * (config.parallel.data or 1)
         # Those that SLURM gave to this job, where it says so.
         given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         devices = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+        if first + config.rollout.tensor > len(devices):
+            raise UsageError(
+                f"server {index} with rollout.tensor={config.rollout.tensor} would be on GPUs {first} to "
+                f"{first + config.rollout.tensor - 1}, but this machine has {len(devices)}"
+            )
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(devices[first : first + config.rollout.tensor])
         return variables
     cores = sorted(os.sched_getaffinity(0))

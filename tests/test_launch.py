@@ -1,0 +1,196 @@
+"""What would be started where: commands, environments and GPUs of every recipe on nodes of 8 GPUs, without one."""
+
+import json
+import re
+import shlex
+import signal
+import socket
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from megatron_dgpo import cli, launcher, process
+from megatron_dgpo.cluster import INTERFACE, JOB, ROLLOUT_NODES, Node
+from megatron_dgpo.config import load_config
+from megatron_dgpo.errors import UsageError
+from megatron_dgpo.rollout import server
+from megatron_dgpo.rollout.guard import SECRET
+from megatron_dgpo.rollout.plugin import BACKEND
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ("qwen2.5-7b", "qwen2.5-32b", "qwen2.5-72b", "qwen3-30b-a3b", "qwen3-235b-a22b")
+GPUS = 8
+
+
+class Started:
+    """Every process of a job, by node, and which GPUs each would use."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.node = ""
+        self.processes: list[SimpleNamespace] = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: GPUS)
+        monkeypatch.setattr(process, "start", self._start)
+        monkeypatch.setattr(process, "supervise", lambda *_, **__: None)
+        monkeypatch.setattr(process, "stop", lambda _: None)
+        monkeypatch.setattr(launcher, "_report", lambda *_: None)
+        # Ports of addresses that this machine has not, and signals that are pytest's.
+        monkeypatch.setattr(server, "free_port", lambda host: 20000 + len(self.processes))
+        monkeypatch.setattr(launcher, "_handle_signals", lambda *_, **__: None)
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        monkeypatch.setattr(launcher.stop, "block", lambda: None)
+        monkeypatch.setattr(launcher.stop, "unblock", lambda: None)
+        monkeypatch.setattr(psutil, "net_if_addrs", self._interfaces)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setenv(SECRET, "a-secret")
+
+    def _start(self, name, command, env, log, show_output=False):
+        self.processes.append(SimpleNamespace(name=name, command=command, env=env, log=log, node=self.node))
+        return process.Child(name, SimpleNamespace(returncode=0, poll=lambda: 0), log)
+
+    def _interfaces(self):
+        entry = SimpleNamespace(family=socket.AF_INET, address=self.node)
+        return {"lo": [SimpleNamespace(family=socket.AF_INET, address="127.0.0.1")], "ib0": [entry]}
+
+    def job(self, config, nodes: int, rollout_nodes: int) -> None:
+        """As slurm/separate.sbatch does: the two steps, a launcher a node."""
+        for index in range(rollout_nodes):
+            launcher.serve_node(config, self._node(config, index, rollout_nodes, nodes + index, rollout_nodes))
+        for index in range(nodes):
+            node = self._node(config, index, nodes, index, rollout_nodes)
+            found = launcher.find_servers(config, node)
+            size = launcher.trainer_size(found, node)
+            assert launcher.launch(["train", "config.yaml"], found, node, size, True) == 0
+
+    def _node(self, config, index: int, count: int, place: int, rollout_nodes: int) -> Node:
+        self.node = f"10.0.0.{place + 1}"
+        variables = {JOB: "7.0", "SLURM_NODEID": str(index), "SLURM_STEP_NUM_NODES": str(count), INTERFACE: "ib0"}
+        variables["SLURM_LAUNCH_NODE_IPADDR"] = "10.0.0.1"
+        return Node.here(config.run.dir, variables | {ROLLOUT_NODES: str(rollout_nodes)})
+
+    def machine(self, config) -> None:
+        """One machine without SLURM."""
+        node = Node.here(config.run.dir, {})
+        assert launcher.launch(["train", "config.yaml"], config, node, launcher.trainer_size(config, node), True) == 0
+
+    @property
+    def ranks(self) -> list[SimpleNamespace]:
+        return [p for p in self.processes if p.name.startswith("rank")]
+
+    @property
+    def servers(self) -> list[SimpleNamespace]:
+        return [p for p in self.processes if p.name.startswith("vLLM")]
+
+    def gpus_of(self, child) -> list[str]:
+        visible = child.env.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(GPUS)))).split(",")
+        return [visible[int(child.env["LOCAL_RANK"])]] if child in self.ranks else visible
+
+    def uses(self) -> Counter:
+        """How many processes use each (node, GPU)."""
+        return Counter((p.node, gpu) for p in self.processes for gpu in self.gpus_of(p))
+
+
+@pytest.fixture
+def started(monkeypatch):
+    return Started(monkeypatch)
+
+
+def recipe(name: str, tmp_path: Path, *overrides: str):
+    """Its settings, and the trainer and rollout nodes that its README launches it on."""
+    text = (ROOT / "examples" / name / "README.md").read_text()
+    [line] = re.findall(r"^ +megatron-dgpo (launch .*)$", text, re.MULTILINE)
+    options = cli._parse(shlex.split(line, comments=True))
+    config = load_config(ROOT / options.config, [f"run.dir={tmp_path}", *overrides])
+    return config, options.nodes, options.rollout_nodes
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_gpu_has_one_process(started, tmp_path, name):
+    config, nodes, rollout_nodes = recipe(name, tmp_path)
+    started.job(config, nodes, rollout_nodes) if rollout_nodes else started.machine(config)
+    assert set(started.uses().values()) == {1}
+    assert len(started.uses()) == GPUS * (nodes + rollout_nodes)
+    assert len(started.servers) == config.rollout.servers * max(1, rollout_nodes)
+    assert all(len(started.gpus_of(s)) == config.rollout.tensor for s in started.servers)
+    if rollout_nodes:
+        trainers, rollouts = {r.node for r in started.ranks}, {s.node for s in started.servers}
+        assert len(trainers) == nodes and len(rollouts) == rollout_nodes and not trainers & rollouts
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_ranks_know_their_place_and_the_servers(started, tmp_path, name):
+    config, nodes, rollout_nodes = recipe(name, tmp_path)
+    started.job(config, nodes, rollout_nodes) if rollout_nodes else started.machine(config)
+    world = config.parallel.tensor * config.parallel.pipeline * config.parallel.data
+    places = [(int(r.env["RANK"]), int(r.env["LOCAL_RANK"])) for r in started.ranks]
+    assert sorted(places) == [(rank, rank % (world // nodes)) for rank in range(world)]
+    assert {r.env["WORLD_SIZE"] for r in started.ranks} == {str(world)}
+    assert {r.env["LOCAL_WORLD_SIZE"] for r in started.ranks} == {str(world // nodes)}
+    masters = {(r.env["MASTER_ADDR"], r.env["MASTER_PORT"]) for r in started.ranks}
+    [(master, _)] = masters
+    assert master == ("10.0.0.1" if rollout_nodes else "127.0.0.1")
+    listening = [s.command[s.command.index("--host") + 1 : s.command.index("--port") + 2] for s in started.servers]
+    expected = {f"http://{host}:{port}" for host, _, port in listening}
+    assert len(expected) == len(started.servers)
+    assert {frozenset(r.env[server.ADDRESSES].split(",")) for r in started.ranks} == {frozenset(expected)}
+    for child in started.processes:
+        network = {
+            "VLLM_HOST_IP": child.node,
+            "GLOO_SOCKET_IFNAME": "ib0",
+            # NCCL would take ib0 for ib01, too.
+            "NCCL_SOCKET_IFNAME": "=ib0",
+        }
+        assert all(child.env.get(key) == (value if rollout_nodes else None) for key, value in network.items())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_servers_are_started_as_training_expects(started, tmp_path, name):
+    config, nodes, rollout_nodes = recipe(name, tmp_path)
+    started.job(config, nodes, rollout_nodes) if rollout_nodes else started.machine(config)
+    assert {child.env[SECRET] for child in started.processes} == {"a-secret"}
+    assert not any("a-secret" in part for child in started.processes for part in child.command)
+    assert [s.name for s in started.servers] == [f"vLLM server {i}" for i in range(len(started.servers))]
+    assert len({s.log for s in started.processes}) == len(started.processes)
+    for child in started.servers:
+        options = dict(zip(child.command, child.command[1:], strict=False))
+        assert options["--tensor-parallel-size"] == str(config.rollout.tensor)
+        assert options["--max-model-len"] == str(config.rollout.context_tokens)
+        assert options["--max-num-seqs"] == str(config.rollout.max_concurrent)
+        assert options["--gpu-memory-utilization"] == str(config.rollout.gpu_memory_fraction)
+        assert options["--dtype"] == "bfloat16"
+        # Terabytes would be read at the start of 235B's, to be overwritten by the first push.
+        assert options["--load-format"] == "dummy"
+        assert json.loads(options["--weight-transfer-config"]) == {"backend": BACKEND}
+        assert "--enforce-eager" not in child.command and "--enable-sleep-mode" not in child.command
+        assert child.env["VLLM_SERVER_DEV_MODE"] == "1" and "VLLM_ALLOW_INSECURE_SERIALIZATION" not in child.env
+        assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(child.env)
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+def test_servers_that_sleep_share_the_ranks_gpus(started, tmp_path, tensor):
+    """All of theirs: vLLM's `ipc` finds a worker's weights by the GPU that both are on."""
+    overrides = ("rollout.transport=auto", "rollout.sleep=true", f"rollout.tensor={tensor}")
+    config, _, _ = recipe("qwen2.5-7b", tmp_path, *overrides, f"rollout.servers={4 // tensor}")
+    started.machine(config)
+    assert started.uses() == {("", str(gpu)): 2 for gpu in range(4)}
+    for child in started.servers:
+        options = dict(zip(child.command, child.command[1:], strict=False))
+        assert json.loads(options["--weight-transfer-config"]) == {"backend": "ipc"}
+        assert "--enable-sleep-mode" in child.command and child.env["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "1"
+
+
+def test_gpus_that_slurm_gave_are_the_ones_used(started, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,5,4,3,2,1,0")
+    started.machine(recipe("qwen2.5-7b", tmp_path)[0])
+    assert [started.gpus_of(child) for child in started.ranks] == [["7"], ["6"], ["5"], ["4"]]
+    assert [started.gpus_of(child) for child in started.servers] == [["3", "2", "1", "0"]]
+
+
+def test_more_servers_than_gpus_are_named(started, tmp_path):
+    config, _, _ = recipe("qwen2.5-32b", tmp_path, "rollout.servers=2")
+    with pytest.raises(UsageError, match="server 1 with rollout.tensor=8 .* this machine has 8"):
+        started.job(config, 8, 8)
