@@ -110,8 +110,13 @@ class Session(contextlib.ExitStack):
         engines = None
         if is_replica_leader() and not self.config.rollout.replay:
             rollout = self.config.rollout
-            where, limits = server.addresses(self.config), (rollout.request_timeout_s, rollout.update_timeout_s)
-            engines = Engines(where, server.secret(), limits[0], self._end_tokens(), limits[1])
+            engines = Engines(
+                server.addresses(self.config),
+                server.secret(),
+                rollout.request_timeout_s,
+                self._end_tokens(),
+                rollout.update_timeout_s,
+            )
             engines.wait_until_healthy(rollout.start_timeout_s)
         return self.enter_context(Experience(self.config, engines, self.tokenizer))
 
