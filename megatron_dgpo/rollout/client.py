@@ -168,15 +168,13 @@ class Engines:
         """
 
         def leave(address: str) -> str | None:
-            failure, calls = (
-                None,
-                (
-                    _workers_call(address, "abandon_update"),
-                    _Call("POST", address, "/update_weight_version", _CONTROL_S, {"new_version": BROKEN}),
-                    _Call("POST", address, "/resume", _CONTROL_S),
-                ),
-            )
-            for call in calls:
+            failure = None
+            for call in (
+                _workers_call(address, "abandon_update"),
+                _Call("POST", address, "/update_weight_version", _CONTROL_S, {"new_version": BROKEN}),
+                # It may have been updated in its sleep. This resumes, too, and only a server that is all awake.
+                _Call("POST", address, "/wake_up", _CONTROL_S),
+            ):
                 try:
                     self._call(call if failure is None else call._replace(timeout_s=_PARTING_S))
                 except EngineError as error:

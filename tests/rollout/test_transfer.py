@@ -271,7 +271,7 @@ class Server(ThreadingHTTPServer):
 
     def paused(self):
         """As vLLM would be, by the order of requests."""
-        states = [path for path in self.asked if path in ("/pause", "/resume")]
+        states = [path for path in self.asked if path in ("/pause", "/resume", "/wake_up")]
         return bool(states) and states[-1] == "/pause"
 
     def close(self):
@@ -337,11 +337,11 @@ def test_whatever_breaks_off_the_others_serve_again(servers, step):
     with pytest.raises(EngineError, match=f"{bad.address}/.*answered 500") as failure:
         update(engines)
     assert not good.paused()
-    assert good.asked[-1] == "/resume"
+    assert good.asked[-1] == "/wake_up"
     assert "/update_weight_version" in good.asked
     # The first error is the one that is raised; what cannot be helped is told beside it.
     notes = getattr(failure.value, "__notes__", [])
-    assert bool(notes) == (step in ("abandon_update", "/resume"))
+    assert bool(notes) == (step == "abandon_update")
     assert all(bad.address in note for note in notes)
 
 
@@ -352,9 +352,9 @@ def test_a_server_that_does_not_answer_is_named_and_the_others_serve_again(serve
     (bad, good), engines = servers(("/pause", True), ())
     with pytest.raises(EngineError, match=f"{bad.address}/pause.* did not answer within 1 s"):
         update(engines)
-    assert good.asked[-1] == "/resume"
+    assert good.asked[-1] == "/wake_up"
     # When it is free again it finds this.
-    assert bad.asked[-1] == "/resume"
+    assert bad.asked[-1] == "/wake_up"
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,7 @@ def test_a_push_that_breaks_off_resumes_the_servers(servers, one_rank, model):
     sync._piece = None
     with pytest.raises(StaleWeightsError, match="trainer rank 0"):
         sync.push(1)
-    assert [server.asked[-1] for server in found] == ["/resume"] * 2
+    assert [server.asked[-1] for server in found] == ["/wake_up"] * 2
     with sync:
         pass
     assert [server.asked[-1] for server in found] == ["/shutdown_weight_transfer_engine"] * 2
@@ -544,7 +544,7 @@ def test_ipc_meets_all_ranks_before_it_raises(ipc, model, step):
     with pytest.raises(EngineError, match=f"{found[0].address}{step} answered 500"):
         sync.push(3)
     assert len(seen) == len(model[1])
-    assert found[1].asked[-1] == "/resume"
+    assert found[1].asked[-1] == "/wake_up"
     # Nothing is asked after a failure but to abandon it.
     assert found[1].asked.count("/update_weights") == {STEPS[2]: 0, STEPS[3]: 1}.get(step, len(seen))
 
