@@ -56,16 +56,18 @@ class Experience:
             self._graders.close()
 
     def sample(self, prompts: list[Prompt], step: int) -> list[Scored]:
-        """`group_size` responses to each of this replica's prompts, groups consecutive, for training step `step`.
+        """`group_size` responses to each prompt of this replica's share, groups consecutive, for training step `step`.
 
-        Collectives: one object broadcast over the replica.
+        prompts: of all replicas, whose number divides theirs. Collectives: one object broadcast over the replica.
         """
-        rollout = self._config.rollout
+        rollout, replica = self._config.rollout, _replica()
+        places = consecutive_share(len(prompts), *replica)
         if rollout.replay:
-            return self._replay(prompts, step)
-        scored = self._collect(prompts, rollout.group_size, rollout.temperature, rollout.max_response_tokens, step)
+            return self._replay(prompts, places, step)
+        size, longest = rollout.group_size, rollout.max_response_tokens
+        scored = self._collect(prompts, places, size, rollout.temperature, longest, step)
         if rollout.record and self._graders:
-            write_samples(self._file(step, parallel_state.get_data_parallel_rank()), scored)
+            write_samples(self._file(step, replica[0]), scored)
         return scored
 
     def evaluate(self, prompts: list[Prompt], samples: int, temperature: float) -> list[Scored]:
@@ -73,18 +75,22 @@ class Experience:
 
         Collectives: one object broadcast over the replica and one all-gather over data-parallel ranks.
         """
-        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        mine = self._collect(prompts[rank::size], samples, temperature, self._config.rollout.max_response_tokens, -1)
-        shares: list = [None] * size
+        replica, longest = _replica(), self._config.rollout.max_response_tokens
+        mine = self._collect(prompts, dealt_share(len(prompts), *replica), samples, temperature, longest, -1)
+        shares: list = [None] * replica[1]
         dist.all_gather_object(shares, mine, group=parallel_state.get_data_parallel_group_gloo())
         return sorted((scored for share in shares for scored in share), key=lambda s: s.sample.prompt.index)
 
-    def _collect(self, prompts: list[Prompt], n: int, temperature: float, max_tokens: int, step: int) -> list[Scored]:
+    def _collect(
+        self, prompts: list[Prompt], places: range, n: int, temperature: float, max_tokens: int, step: int
+    ) -> list[Scored]:
+        """prompts: of all replicas; places: where those of this one stand among them."""
         result: list | Exception | None = None
         if self.engines is not None:
             try:
                 seeds = request_seeds(self._config.run.seed, step, prompts)
-                samples = self.engines.generate(prompts, n, temperature, max_tokens, seeds)
+                mine, own_seeds = prompts[_slice(places)], seeds[_slice(places)]
+                samples = self.engines.generate(mine, n, temperature, max_tokens, own_seeds, places)
                 result = self._grade(samples)
             except Exception as error:
                 # The others wait for this rank's answer: they must hear of the failure, not of a lost connection.
@@ -105,18 +111,18 @@ class Experience:
     def _file(self, step: int, replica: int) -> Path:
         return self._folder / f"step_{step:08d}.{replica}.jsonl"
 
-    def _replay(self, prompts: list[Prompt], step: int) -> list[Scored]:
-        """What another run recorded for this step's prompts, whatever its data-parallel size was."""
+    def _replay(self, prompts: list[Prompt], places: range, step: int) -> list[Scored]:
+        """What another run recorded for this replica's prompts, whatever its data-parallel size was."""
         folder = self._config.rollout.replay
         recorded: dict[int, list[dict]] = {}
-        for file in sorted(folder.glob(f"step_{step:08d}.*.jsonl")):
+        for file in sorted(folder.glob(f"step_{step:08d}.*.jsonl"), key=lambda file: int(file.name.split(".")[1])):
             for line in file.read_text().splitlines():
                 row = json.loads(line)
                 recorded.setdefault(row["prompt"], []).append(row)
         group_size = self._config.rollout.group_size
         scored = []
-        for prompt in prompts:
-            # A problem met twice in a step (at the turn of an epoch) has two groups, in order.
+        for place, prompt in enumerate(prompts):
+            # A problem met twice in a step (at the turn of an epoch) has two groups, in order, whoever holds them.
             rows = recorded.get(prompt.index, [])
             if len(rows) < group_size:
                 raise UsageError(
@@ -124,12 +130,37 @@ class Experience:
                     f"{group_size}; replay needs the seed, data and rollout settings of the run that recorded"
                 )
             recorded[prompt.index] = rows[group_size:]
-            scored += [_scored(prompt, row) for row in rows[:group_size]]
+            if place in places:
+                scored += [_scored(prompt, row) for row in rows[:group_size]]
         return scored
 
 
+def consecutive_share(count: int, replica: int, replicas: int) -> range:
+    """Places of a replica's prompts in a step: joined in the order of replicas they are all `count`."""
+    share, rest = divmod(count, replicas)
+    if rest:
+        raise ValueError(f"{count} prompts do not split evenly over {replicas} replicas")
+    return range(replica * share, (replica + 1) * share)
+
+
+def dealt_share(count: int, replica: int, replicas: int) -> range:
+    """Places of a replica's problems in an evaluation, of any number."""
+    return range(replica, count, replicas)
+
+
+def _replica() -> tuple[int, int]:
+    """(rank, size) of data parallelism."""
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+
+def _slice(places: range) -> slice:
+    return slice(places.start, places.stop, places.step)
+
+
 def request_seeds(run_seed: int, step: int, prompts: list[Prompt]) -> list[int]:
-    """One for each prompt of a step, whatever replica samples it; repeated prompts get different ones.
+    """One for each prompt of a step; a prompt that comes again, on whatever replica, gets another one.
+
+    prompts: of all replicas.
 
     Hashed: vLLM seeds a request's i-th response with seed + i, so that neighbouring seeds would share responses.
     """

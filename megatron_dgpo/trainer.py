@@ -5,12 +5,14 @@ prompts -> responses (vLLM) -> rewards -> advantages -> reference -> policy upda
 
 from __future__ import annotations
 
+import math
+
 import torch
 from megatron.core import parallel_state
 
 from megatron_dgpo import stop
 from megatron_dgpo.algorithm.advantages import group_advantages
-from megatron_dgpo.algorithm.objective import policy_objective, token_credit
+from megatron_dgpo.algorithm.objective import LARGEST, policy_objective, token_credit
 from megatron_dgpo.batch import Batch
 from megatron_dgpo.config import Config
 from megatron_dgpo.data import PromptOrder, load_prompts
@@ -22,6 +24,9 @@ from megatron_dgpo.model.policy import StepResult
 from megatron_dgpo.model.reference import Reference
 from megatron_dgpo.session import Session
 from megatron_dgpo.statistics import token_statistics
+
+# Mean |log-prob of the trainer - of the servers| of a sampled token: bfloat16 alone stays well below it.
+_WIDE_GAP = 0.05
 
 
 def train(config: Config) -> bool:
@@ -45,7 +50,7 @@ def train(config: Config) -> bool:
         while progress.step < config.run.steps and not stopped:
             step, last = progress.step + 1, progress.step + 1 == config.run.steps
             with log.phase("rollout"):
-                rows = order.take(progress.prompts, config.rollout.prompts_per_step, *session.replica)
+                rows = order.take(progress.prompts, config.rollout.prompts_per_step)
                 scored = session.experience.sample([problems[row] for row in rows], step)
                 session.rest_servers()
             metrics = updates.make(scored)
@@ -73,6 +78,7 @@ class Updates:
         self._session, self._reference = session, reference
         self._policy, self._config = session.policy, session.config
         self._warned = False
+        self._warned_of_sampler = False
 
     def make(self, scored: list[Scored]) -> dict[str, float]:
         """Update the policy; returns the step's metrics, the same on every rank. Collective over all ranks."""
@@ -82,19 +88,16 @@ class Updates:
             reference_states = self._reference.hidden_states(micro_batches) if self._reference else []
         with log.phase("policy"):
             results = self._step_through(micro_batches, reference_states)
-        totals: dict[str, float] = {}
-        for result in results:
-            for name, value in result.metrics.items():
-                totals[name] = totals.get(name, 0.0) + value
         metrics = {
             **_sample_metrics(scored),
-            **_policy_metrics(totals),
+            **_policy_metrics(_totals(results)),
             "policy/grad_norm": sum(r.grad_norm for r in results) / len(results),
             "policy/lr": results[-1].lr,
             "policy/skipped_steps": float(sum(r.skipped for r in results)),
             "memory/peak_gib": device.peak_memory_bytes() / 2**30,
         }
         self._warn_of_degenerate_credit(metrics)
+        self._warn_of_other_sampler(metrics)
         return metrics
 
     def _step_through(self, micro_batches: list[Batch], reference_states: list) -> list[StepResult]:
@@ -113,7 +116,7 @@ class Updates:
 
     def _batch(self, scored: list[Scored]) -> Batch:
         algorithm = self._config.algorithm
-        rewards = torch.tensor([s.reward for s in scored])
+        rewards = torch.tensor([s.reward for s in scored], dtype=torch.float64)
         advantages = group_advantages(
             rewards, self._config.rollout.group_size, algorithm.advantage, algorithm.advantage_eps
         )
@@ -176,6 +179,28 @@ class Updates:
             return
         self._warned = True
 
+    def _warn_of_other_sampler(self, metrics: dict[str, float]) -> None:
+        """Say once that the servers compute another policy than the trainer; nothing corrects for it yet."""
+        gap = metrics["policy/rollout_logprob_gap"]
+        if gap > _WIDE_GAP and not self._warned_of_sampler:
+            self._warned_of_sampler = True
+            self._session.log.warn(
+                f"log-probs of the sampled tokens are {gap:.3g} from the trainer's on average "
+                f"(policy/rollout_logprob_gap, at most {_WIDE_GAP:g} is usual in bfloat16): the update takes both for "
+                "one policy; see policy/rollout_kl and policy/rollout_ratio_max, or set rollout.dtype and model.dtype "
+                "to float32 to see where it comes from"
+            )
+
+
+def _totals(results: list[StepResult]) -> dict[str, float]:
+    """Of all optimizer steps: sums, and maxima of what is named so."""
+    totals: dict[str, float] = {}
+    for result in results:
+        for name, value in result.metrics.items():
+            held = totals.get(name, 0.0)
+            totals[name] = max(held, value) if name.startswith(LARGEST) else held + value
+    return totals
+
 
 def _sample_metrics(scored: list[Scored]) -> dict[str, float]:
     """Of this step's samples over all replicas. Collectives: one all-reduce over data-parallel ranks."""
@@ -213,6 +238,9 @@ def _policy_metrics(totals: dict[str, float]) -> dict[str, float]:
         if name in totals:
             metrics[f"policy/{name}"] = totals[name] / tokens
     metrics["policy/rollout_logprob_gap"] = totals["logprob_gap"] / tokens
+    # KL(sampler ‖ trainer) in nats a token, and the most that either gave a token over the other.
+    metrics["policy/rollout_kl"] = totals["rollout_kl"] / tokens
+    metrics["policy/rollout_ratio_max"] = math.exp(min(totals[LARGEST + "logprob_gap"], 700.0))
     for name in ("effective_share", "max_weight", "top1_share", "top10_share"):
         metrics[f"credit/{name}"] = totals[name] / responses
     return metrics

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_dgpo.metrics import MetricsLog, pass_at_k, read_metrics
 from megatron_dgpo.plot import plot_run
+from tests.ranks import run_ranks
 
 _RUN = """
 import sys
@@ -188,3 +189,51 @@ def test_pass_at_k_is_the_mean_over_all_choices():
 def test_pass_at_k_of_many_samples_is_exact():
     assert pass_at_k(1000, 0, 500) == 0 and pass_at_k(1000, 501, 500) == 1
     assert pass_at_k(1000, 1, 500) == pytest.approx(0.5)
+
+
+def merged_on_a_rank(parallel):
+    """What a step of two micro-batches reports there; its largest gap is the rank's number and a half."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_dgpo.config import Parallel
+    from megatron_dgpo.model.device import init_device
+    from megatron_dgpo.model.parallel import initialize_parallel
+    from megatron_dgpo.model.policy import _over_replicas
+
+    init_device()
+    initialize_parallel(Parallel(**parallel), 1)
+    gaps = torch.tensor(dist.get_rank() + 0.5), torch.tensor(0.25)
+    return _over_replicas([{"tokens": torch.tensor(3.0), "largest_logprob_gap": gap} for gap in gaps])
+
+
+def test_sums_and_largest_values_over_replicas():
+    assert run_ranks(merged_on_a_rank, 2, {}) == [{"tokens": 12.0, "largest_logprob_gap": 1.5}] * 2
+
+
+def test_sums_and_largest_values_over_optimizer_steps():
+    from megatron_dgpo.model.policy import StepResult
+    from megatron_dgpo.trainer import _totals
+
+    steps = [{"tokens": 3.0, "largest_logprob_gap": gap} for gap in (0.5, 2.0, 1.0)]
+    results = [StepResult(metrics, 1.0, 1e-6, False) for metrics in steps]
+    assert _totals(results) == {"tokens": 9.0, "largest_logprob_gap": 2.0}
+
+
+def test_a_sampler_with_another_policy_is_said_once(tmp_path, capfd):
+    from types import SimpleNamespace
+
+    from megatron_dgpo.trainer import Updates, _policy_metrics
+
+    sums = dict.fromkeys(("effective_share", "max_weight", "top1_share", "top10_share", "entropy"), 0.0)
+    sums |= {"tokens": 10.0, "responses": 2.0, "loss": 0.0, "normaliser": 10.0, "rollout_kl": 0.04}
+    with MetricsLog(tmp_path, "train", visible=True) as log:
+        log.start(0, 3)
+        updates = Updates(SimpleNamespace(policy=None, config=None, log=log), None)
+        for gap in (0.3, 0.7, 0.9):
+            metrics = _policy_metrics(sums | {"logprob_gap": gap, "largest_logprob_gap": 2.0})
+            updates._warn_of_other_sampler(metrics)
+    assert metrics["policy/rollout_kl"] == pytest.approx(0.004)
+    assert metrics["policy/rollout_ratio_max"] == pytest.approx(math.exp(2))
+    printed = capfd.readouterr().out
+    assert printed.count("warning:") == 1 and "0.07 from the trainer's on average" in printed

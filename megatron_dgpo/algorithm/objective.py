@@ -10,6 +10,9 @@ from megatron_dgpo.batch import Batch
 from megatron_dgpo.config import Algorithm
 from megatron_dgpo.statistics import TokenStatistics
 
+LARGEST = "largest_"
+"""Metrics of this prefix are merged by their maximum; all others are sums."""
+
 
 def token_credit(statistics: TokenStatistics, cu_seqlens: torch.Tensor, vocab_size: int, config: Algorithm):
     """[N] weights that redistribute a response's advantage over its tokens, detached; Σ w = T_i per response.
@@ -40,7 +43,10 @@ def policy_objective(
 
     weights, old_logprobs: [N] float32, detached. Returns (loss sum, normaliser, metrics): the loss of an optimizer
     step is Σ loss / Σ normaliser over its micro-batches and data-parallel ranks, and metrics are sums over tokens
-    or responses that add up the same way. Collectives: none.
+    or responses that add up the same way, or largest values, named so. Collectives: none.
+
+    old_logprobs are the trainer's own. The engine that sampled rounds differently, so that its policy μ is not quite
+    π_old; the difference is measured (logprob_gap, the KL estimate) and not corrected: the ratio starts at 1.
     """
     cu_seqlens = batch.cu_seqlens
     lengths = cu_seqlens.diff()
@@ -52,7 +58,8 @@ def policy_objective(
         token_loss = token_loss - config.entropy_bonus * statistics.entropy
     loss, normaliser = aggregate(token_loss, cu_seqlens, config.aggregation)
     with torch.no_grad():
-        gap = (old_logprobs - batch.packed_sampling_logprobs).abs()
+        difference = old_logprobs - batch.packed_sampling_logprobs
+        gap = difference.abs()
         metrics = {
             "tokens": lengths.sum(),
             "responses": torch.tensor(len(batch), device=loss.device),
@@ -62,6 +69,9 @@ def policy_objective(
             "clip_low": clipped_low.sum(),
             "clip_high": clipped_high.sum(),
             "logprob_gap": gap.sum(),
+            LARGEST + "logprob_gap": torch.cat([gap, gap.new_zeros(1)]).max(),
+            # Of KL(μ ‖ π_old), unbiased and never negative: r − 1 − log r with r = π_old/μ.
+            "rollout_kl": (difference.double().expm1() - difference.double()).sum(),
             "advantage": advantages.abs().sum(),
             **{name: values.sum() for name, values in credit_concentration(weights, cu_seqlens).items()},
         }

@@ -15,6 +15,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_dgpo.algorithm.objective import LARGEST
 from megatron_dgpo.batch import Batch
 from megatron_dgpo.config import Config
 from megatron_dgpo.config import Optimizer as OptimizerSettings
@@ -23,7 +24,7 @@ from megatron_dgpo.model.parallel import broadcast_from_last_stage, is_last_stag
 from megatron_dgpo.weights.architectures import Architecture
 
 # (micro-batch, its index, packed hidden states [N, H], head weight [V_padded / tp, H]) ->
-#   (loss sum, integer normaliser, metrics that add up over micro-batches and data-parallel ranks)
+#   (loss sum, integer normaliser, metrics that add up over micro-batches and data-parallel ranks, or largest_ values)
 LossFunction = Callable[
     [Batch, int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 ]
@@ -33,7 +34,8 @@ LossFunction = Callable[
 class StepResult:
     """Of one optimizer step, the same on every rank.
 
-    `metrics` are sums over the step's micro-batches and replicas; `metrics["loss"]` is the sum of the losses.
+    `metrics` are sums over the step's micro-batches and replicas, or maxima where their names start with `largest_`;
+    `metrics["loss"]` is the sum of the losses.
     """
 
     metrics: dict[str, float]
@@ -107,7 +109,7 @@ class Policy:
             return loss, normaliser
 
         run_schedule(self.chunks, batches, compute_loss, backward=True)
-        metrics = broadcast_from_last_stage(_sum_over_replicas(collected) if is_last_stage() else None)
+        metrics = broadcast_from_last_stage(_over_replicas(collected) if is_last_stage() else None)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         skipped = not (math.isfinite(grad_norm) and math.isfinite(metrics["loss"]))
@@ -199,11 +201,17 @@ def run_schedule(
     return results
 
 
-def _sum_over_replicas(collected: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Collectives: one all-reduce over data-parallel ranks."""
+def _over_replicas(collected: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Sums, and the maximum of each `largest_…`. Collectives: one all-reduce over data-parallel ranks, or two."""
     names = sorted(collected[0])
-    total = torch.stack([torch.stack([metrics[name].double() for name in names]) for metrics in collected]).sum(0)
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    values = torch.stack([torch.stack([metrics[name].double() for name in names]) for metrics in collected])
+    total, group = values.sum(0), parallel_state.get_data_parallel_group()
+    dist.all_reduce(total, group=group)
+    largest = [place for place, name in enumerate(names) if name.startswith(LARGEST)]
+    if largest:
+        maxima = values[:, largest].amax(0)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
+        total[largest] = maxima
     return dict(zip(names, total.tolist(), strict=True))
 
 

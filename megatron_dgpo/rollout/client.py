@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -78,12 +79,19 @@ class Engines:
                 time.sleep(_POLL_S)
 
     def generate(
-        self, prompts: list[Prompt], n: int, temperature: float, max_tokens: int, seeds: list[int]
+        self,
+        prompts: list[Prompt],
+        n: int,
+        temperature: float,
+        max_tokens: int,
+        seeds: list[int],
+        places: Sequence[int] | None = None,
     ) -> list[Sample]:
         """`n` responses to each prompt, consecutive, in the order of the prompts, spread over the servers.
 
         temperature 0 is greedy. seeds: one for each prompt, below 2**31. The same seeds, weights and batch of requests
-        give the same responses.
+        give the same responses. places: of the prompts among those of all replicas, which ask at the same time, so that
+        together they use all servers alike; default: nobody else asks.
         """
         sampling = {
             "n": n,
@@ -94,7 +102,8 @@ class Engines:
             "detokenize": False,
         }
         calls = []
-        for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        places = range(len(prompts)) if places is None else places
+        for prompt, seed, place in zip(prompts, seeds, places, strict=True):
             body = {"token_ids": prompt.token_ids, "sampling_params": sampling | {"seed": seed}}
             address = self.addresses[place % len(self.addresses)]
             calls.append(_Call("POST", address, "/inference/v1/generate", self._timeout_s, body))

@@ -13,7 +13,11 @@ from megatron_dgpo.algorithm.credit import (
     gated_scores,
     merge_credit_sums,
 )
+from megatron_dgpo.algorithm.objective import policy_objective
 from megatron_dgpo.algorithm.policy_loss import aggregate, ppo_clip
+from megatron_dgpo.batch import Batch
+from megatron_dgpo.config import Algorithm
+from megatron_dgpo.statistics import TokenStatistics
 from tests.ranks import run_ranks
 
 LENGTHS = [5, 1, 0, 12, 200]
@@ -31,6 +35,37 @@ def test_group_advantages():
     assert got[:4].tolist() == pytest.approx([1, -1, -1, 1], rel=1e-4)
     assert got[4:].tolist() == [0, 0, 0, 0]
     assert group_advantages(rewards, 4, "mean", 1e-6)[:4].tolist() == [0.5, -0.5, -0.5, 0.5]
+
+
+@pytest.mark.parametrize("kind", ["mean_std", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_give_no_advantage(kind, dtype):
+    """Whatever their mean is rounded to; beside them a group that differs has its own."""
+    for size in (3, 7, 12, 16):
+        rewards = [0.11] * size + [1.69] * size + [-1e6 / 3] * size + [1.0] + [0.0] * (size - 1)
+        got = group_advantages(torch.tensor(rewards, dtype=dtype), size, kind, 1e-6)
+        assert got.dtype == torch.float32
+        assert got[: 3 * size].tolist() == [0.0] * 3 * size
+        assert got[3 * size :].count_nonzero() == size and abs(got[3 * size :].sum().item()) < 1e-5
+
+
+def test_the_sampler_s_policy_is_compared_with_the_trainer_s():
+    """Sums over micro-batches are those of the whole batch; of the gaps the largest is kept as it is."""
+    generator = torch.Generator().manual_seed(11)
+    responses = [[5, 6, 7], [8], [9, 10, 11, 12]]
+    ours = [(-3 * torch.rand(len(r), generator=generator)).tolist() for r in responses]
+    theirs = [[value + 0.3 * (-1) ** i for i, value in enumerate(row)] for row in ours]
+    theirs[2][1] = ours[2][1] - 2.5
+    batch = Batch.from_sequences([[1, 2]] * 3, responses, [1.0, -1.0, 0.5], theirs)
+    found = []
+    for part, rows in zip(batch.split(2), (ours[:2], ours[2:]), strict=True):
+        logprobs = torch.tensor([value for row in rows for value in row])
+        statistics = TokenStatistics(logprobs, torch.ones_like(logprobs), None, None)
+        found.append(policy_objective(statistics, part, torch.ones_like(logprobs), logprobs, Algorithm())[2])
+    gaps = [a - b for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)]
+    kl = sum(math.exp(gap) - 1 - gap for gap in gaps)
+    assert sum(part["rollout_kl"].item() for part in found) == pytest.approx(kl, rel=1e-5)
+    assert [part["largest_logprob_gap"].item() for part in found] == pytest.approx([0.3, 2.5], rel=1e-5)
 
 
 @pytest.mark.parametrize("tau", [0.01, 0.5, 10.0])
