@@ -173,7 +173,7 @@ class Reward(Section):
     grader: str = "math"
     """math (math-verify), exact, or module:function taking (response: str, answer: str, row: dict) -> float."""
     timeout_s: PositiveFloat = 10
-    """Time one grading may take before its sample gets reward 0."""
+    """Time that one grading may compute (of the processor) or wait (of the clock) before its sample gets reward 0."""
     workers: PositiveInt = 2
     """Grader processes per data-parallel replica."""
 
