@@ -238,7 +238,7 @@ class Reward(Section):
     grader: Text = "math"
     """math (math-verify), exact, or module:function taking (response: str, answer: str, row: dict) -> float."""
     timeout_s: Seconds = 10
-    """Time one grading may take before its sample gets reward 0."""
+    """Time that one grading may compute (of the processor) or wait (of the clock) before its sample gets reward 0."""
     workers: Count = 2
     """Grader processes per data-parallel replica."""
 

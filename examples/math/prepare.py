@@ -45,9 +45,11 @@ def problem(row: dict) -> str:
 
 
 def answer(row: dict) -> str:
+    """The whole of the first answer that is not empty. StopIteration if there is none."""
     graded = row.get("reward_model") or {}
-    value = graded.get("ground_truth") or next(row[name] for name in _ANSWERS if row.get(name) is not None)
-    return str(value).strip()
+    values = [graded.get("ground_truth"), *(row.get(name) for name in _ANSWERS)]
+    texts = (str(value).strip() for value in values if isinstance(value, str | int | float))
+    return next(text for text in texts if text)
 
 
 def main(arguments: list[str] | None = None) -> int:

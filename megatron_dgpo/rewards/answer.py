@@ -20,7 +20,7 @@ _CALCULATION = re.compile(r"<<[^<>]*>>")
 _DECORATION = re.compile(r"^[\s#>*_]+|^-\s+|[\s*_#]+$")
 
 _NUMBER = r"-?[$€£¥₹]?-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?(?!\w|[.,]\d)(?:\s?\\?%)?"
-_EXPRESSION = rf"(?:\$(?!\d[^$]*[A-Za-z]{{3}})[^$]+\$|\\\(.+?\\\)|\\\[.+?\\\]|(?<![\w.]){_NUMBER})"
+_EXPRESSION = rf"(?:\$(?!\d[^$\\]*\s[A-Za-z]{{3}})[^$]+\$|\\\(.+?\\\)|\\\[.+?\\\]|(?<![\w.]){_NUMBER})"
 _LIST = re.compile(rf"\s*\**({_EXPRESSION}(?:\s*(?:,|,?\s*\b(?:and|or)\b)\s*{_EXPRESSION})*)")
 _STATED = re.compile(rf"(?<!\bnot ){_EXPRESSION}")
 _COPULA = re.compile(r":\s|\b(?:is|are|was|were|equals?)\b")
@@ -60,8 +60,8 @@ def expected_answer(answer: str) -> str:
     boxed = _boxed(answer)
     if boxed is not None:
         return boxed
-    _, mark, rest = _last_line(answer).rpartition("####")
-    return _bare(rest) if mark else unwrapped(" ".join(answer.split()))
+    _, mark, rest = answer.rstrip().rpartition("####")
+    return _bare(rest) if mark and "\n" not in rest else unwrapped(" ".join(answer.split()))
 
 
 def stated_answer(answer: Answer) -> str:

@@ -30,7 +30,7 @@ _CLEANING = [
         (r"\\(?:approx|simeq)\b|≈|:=", "="),
         (r",? ?\\(?:text|mathrm) ?\{ ?,? ?(?:and|or) ?\} ?|,? ?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]) ?", ", "),
         (r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?!\d)", lambda match: match[1].replace(" ", "")),
-        (r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda match: match[1].replace(",", "")),
+        (r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?!\d|,\d)", lambda match: match[1].replace(",", "")),
         (r"^(-?\d+(?:\.\d+)?)[eE]([+-]?\d+)$", r"\1\\times 10^{\2}"),
         (r"(?<![\d.}])(\d+) (\d+) ?/ ?(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),
         (r"^[ =:+]+|[ .,;:]+$", ""),
@@ -147,7 +147,7 @@ def _equal_lists(expected: list[str], given: list[str], ordered: bool) -> bool:
     """`ordered`: the elements of x = 1, y = 2, unlike those of 1, 2, have their places."""
     if ordered and len(expected) == len(given):
         return all(_equal(_parse(e), _parse(g)) for e, g in zip(expected, given, strict=True))
-    expected, given = (_parse(",".join(values)) for values in (expected, given))
+    expected, given = (_parse(_listing(values)) for values in (expected, given))
     return _listed(expected) == _listed(given) and _equal(expected, given)
 
 
@@ -265,7 +265,7 @@ def _equal(expected, given) -> bool:
 @lru_cache(maxsize=256)
 def _parse(text: str):
     """The SymPy object of a whole text, or None."""
-    from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy, normalize_latex
     from math_verify.grader import should_treat_as_complex
 
     # Its units would cut 3t to 3.
@@ -311,7 +311,7 @@ def _plain_words(text: str) -> str:
 
 
 def _squeezed(text: str) -> str:
-    return re.sub(rf"{_WRAPPER}(?=\{{)|\\left(?![a-z])|\\right(?![a-z])|[\s{{}}]", "", text)
+    return re.sub(rf"{_WRAPPER}(?=\{{)|\\left(?![a-z])|\\right(?![a-z])|[{{}}]|(?<!\d)\s|\s(?!\d)", "", text)
 
 
 def _tokens(text: str) -> set[str]:
@@ -319,4 +319,9 @@ def _tokens(text: str) -> set[str]:
 
 
 def _joined(items: tuple[_Item, ...]) -> str:
-    return ",".join(item.value for item in items)
+    return _listing([item.value for item in items])
+
+
+def _listing(values: list[str]) -> str:
+    # With the space: 1,000 is a number.
+    return ", ".join(values)

@@ -219,7 +219,7 @@ class _Worker:
         return True
 
     def postpone(self, limit_s: float) -> bool:
-        """At the deadline: give a process that computes what it has not had of its limit, and say whether there was any."""
+        """At the deadline: give a process that computes the rest of its limit; False when there is none."""
         if self.item is None or time.monotonic() >= self._given + _SLOWEST_MACHINE * limit_s:
             return False
         computing, processor_s = self._processor()

@@ -24,22 +24,26 @@ def test_published_forms(tmp_path, capsys):
     (tmp_path / "aime.jsonl").write_text(
         json.dumps({"problem": "Find x.", "solution": "Long.", "answer": 70})
         + "\n\n"
-        + json.dumps({"prompt": "Find y.", "solution": "3"})
+        + json.dumps({"prompt": "Find y.", "answer": "", "solution": "Lines\n#### 3"})
+        + "\n"
+        + json.dumps({"prompt": "Find z.", "answer": 0})
     )
     out = tmp_path / "data" / "all.jsonl"
     assert prepare.main([str(tmp_path / "dapo.parquet"), str(tmp_path / "aime.jsonl"), "--out", str(out)]) == 0
     assert [json.loads(line) for line in out.read_text().splitlines()] == [
         {"question": "What is 1+1?", "answer": "2"},
         {"question": "Find x.", "answer": "70"},
-        {"question": "Find y.", "answer": "3"},
+        {"question": "Find y.", "answer": "Lines\n#### 3"},
+        {"question": "Find z.", "answer": "0"},
     ]
-    assert "3 problems" in capsys.readouterr().out
+    assert "4 problems" in capsys.readouterr().out
 
 
 def test_bad_input_is_one_sentence(tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"text": "no problem"}\n')
-    assert prepare.main([str(bad), "--out", str(tmp_path / "out")]) == 2
-    assert "bad.jsonl, row 1" in capsys.readouterr().err
+    for row in ({"text": "no problem"}, {"problem": "no answer", "answer": " "}, {"problem": "1", "answer": ["1"]}):
+        bad.write_text(json.dumps(row))
+        assert prepare.main([str(bad), "--out", str(tmp_path / "out")]) == 2
+        assert "bad.jsonl, row 1" in capsys.readouterr().err
     assert prepare.main([str(tmp_path / "missing.jsonl"), "--out", str(tmp_path / "out")]) == 2
     assert "missing.jsonl" in capsys.readouterr().err

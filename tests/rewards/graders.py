@@ -31,6 +31,21 @@ def _slow(answer, row):
     return 1.0
 
 
+def _starve(answer, row):
+    # Compute for `answer` seconds on a processor that three more processes want.
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        start = time.process_time()
+        while time.process_time() - start < float(answer):
+            pass
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    return 1.0
+
+
 def _print_much(answer, row):
     print("x" * 100_000)
     return 1.0
@@ -47,6 +62,7 @@ BEHAVIOURS = {
     "hang in C": _sleep_in_c,
     "leave a child": _leave_a_child,
     "slow": _slow,
+    "starve": _starve,
     "exit": lambda answer, row: os._exit(0),
     "sys.exit": lambda answer, row: sys.exit(3),
     "segfault": lambda answer, row: ctypes.string_at(0),

@@ -58,6 +58,7 @@ def test_given_answer(text, answer):
         (r"so $\boxed{1}$ and $\boxed{-2}$", "1, -2"),
         ("$x = 1$,\n$y = 2$", "$x = 1$, $y = 2$"),
         (r"\text{east}", "east"),
+        ("####", ""),
         ("  ", ""),
     ],
 )
@@ -77,7 +78,7 @@ def test_expected_answer(text, answer):
         ("x = 18", "x = 18"),
         ("I do not know. 1 2 3 16 17 18", ""),
         ("3 apples and 18 pears", ""),
-        ("which is not 18", "which is not 18"),
+        ("which is not 18", ""),
     ],
 )
 def test_stated_answer(sentence, answer):
@@ -285,7 +286,7 @@ _HEADING = st.sampled_from(["#### 7. Check", "#### Step 3", "### 12", "###### 5"
 
 
 @given(numbers(), numbers(), _DRESS, _PLACE, st.lists(_HEADING, max_size=3))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_number_is_right_in_any_form_and_place_and_another_is_not(this, other, dress, place, headings):
     (value, written), (other_value, other_written) = this, other
     response = "\n".join([*headings, "Some words.", place.replace("N", dress.replace("N", written))])
@@ -298,7 +299,7 @@ def test_a_number_is_right_in_any_form_and_place_and_another_is_not(this, other,
 
 
 @given(st.lists(numbers(), min_size=2, max_size=4, unique_by=lambda number: number[0]), st.randoms(), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_list_is_right_in_any_order_and_only_when_complete(members, random, data):
     expected = ", ".join(str(value) for value, _ in members)
     shuffled = [written for _, written in members]
@@ -313,7 +314,7 @@ def test_a_list_is_right_in_any_order_and_only_when_complete(members, random, da
 
 
 @given(numbers(), numbers(), st.sampled_from("[("), st.sampled_from("])"))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_an_interval_is_right_with_its_own_brackets_only(low, high, left, right):
     assume(low[0] + 1e-3 < high[0])
     expected = f"{left}{low[0]}, {high[0]}{right}"
@@ -321,7 +322,7 @@ def test_an_interval_is_right_with_its_own_brackets_only(low, high, left, right)
     assert math(rf"\boxed{{x \in \left{left}{low[1]}, {high[1]}\right{right}}}", expected, {}) == 1
     turned = {"[": "(", "(": "["}[left]
     assert math(rf"\boxed{{{turned}{low[1]}, {high[1]}{right}}}", expected, {}) == 0
-    assert math(rf"\boxed{{{left}{low[1]}, {high[1] + '1'}{right}}}", expected, {}) == 0
+    assert math(rf"\boxed{{{left}{low[1]}, {high[0] + 1}{right}}}", expected, {}) == 0
 
 
 # What made patterns of other graders take quadratic or exponential time.

@@ -11,12 +11,12 @@ import pytest
 
 from megatron_dgpo.config import Reward
 from megatron_dgpo.errors import UsageError
-from megatron_dgpo.rewards.pool import GraderPool, Score, check_grader
+from megatron_dgpo.rewards.pool import GraderPool, Score
 
 _USER = "tests.rewards.graders:by_response"
 _ROOT = Path(__file__).parents[2]
-# A math-verify call that its own time limit does not end (huggingface/Math-Verify#65).
-_HANGS_MATH_VERIFY = r"\boxed{\dfrac{5^{\left(5^{\left(5^{\left(5^5\right)}\right)} - 4\right)} - 5}{16}}"
+# Of the answer's form, and nothing that math-verify's own time limit could end.
+_HANGS_MATH_VERIFY = r"\boxed{9^{9^{9^{9}}}}"
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,29 @@ def test_a_replacement_that_starts_takes_no_time_from_another_worker():
     with GraderPool(Reward(grader=_USER, timeout_s=0.5)) as pool:
         scores = pool.score([("hang", "", {})] + [("slow", "", {})] * 8)
     assert [score.failure_kind for score in scores] == ["timeout"] + [None] * 8
+
+
+def test_a_grader_that_waits_for_a_processor_has_the_time_that_it_computes():
+    # It shares one processor with others and computes for less than the limit, which takes longer than that.
+    with GraderPool(Reward(grader=_USER, timeout_s=0.8, workers=1)) as pool:
+        scores = pool.score([("starve", "0.5", {}), ("starve", "60", {})])
+    assert scores[0] == Score(1.0)
+    assert scores[1].failure == "timeout: took longer than 0.8 s (reward.timeout_s)"
+
+
+def test_answers_that_no_response_could_meet_are_found(caplog):
+    answers = ["18", r"\boxed{\frac{1}{2}}", "", "see (the figure", "$x = 1$,\n$y = 2$", "work\n#### 5", "", "}{", "18"]
+    with GraderPool(Reward(grader="math")) as pool:
+        assert pool.unusable(answers) == {
+            2: "error: raised ValueError: the data's answer '' is empty",
+            3: "error: raised ValueError: math-verify finds no expression in the data's answer 'see (the figure'",
+            7: "error: raised ValueError: the data's answer '}{' is empty",
+        }
+    with GraderPool(Reward(grader="exact", workers=1)) as pool:
+        assert list(pool.unusable(answers)) == [2, 7]
+    with GraderPool(Reward(grader=_USER, workers=1)) as pool:
+        assert pool.unusable(answers) == {}
+    assert not caplog.records
 
 
 def test_what_a_hanging_grader_started_is_killed_with_it(pool, tmp_path):
@@ -156,7 +179,7 @@ def test_an_expression_that_hangs_math_verify_costs_its_sample():
 )
 def test_a_bad_grader_is_named_before_anything_starts(grader, message):
     with pytest.raises(UsageError) as error:
-        check_grader(Reward(grader=grader))
+        GraderPool(Reward(grader=grader, workers=1))
     assert message in str(error.value)
 
 
@@ -168,7 +191,7 @@ def test_the_wrong_parser_runtime_is_noticed_at_the_start(tmp_path, monkeypatch)
     metadata.write_text("Metadata-Version: 2.1\nName: antlr4-python3-runtime\nVersion: 4.9.3\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(UsageError, match=r"reward.grader=math does not work here.*antlr4-python3-runtime==4.13.2"):
-        check_grader(Reward(grader="math"))
+        GraderPool(Reward(grader="math", workers=1))
 
 
 def test_a_parser_that_fails_in_silence_is_noticed_at_the_start(tmp_path, monkeypatch):
@@ -180,8 +203,10 @@ def test_a_parser_that_fails_in_silence_is_noticed_at_the_start(tmp_path, monkey
         "latex2sympy2.latex2sympy = broken\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(UsageError, match=r"reward.grader=math does not work here: .* get 0 and 0 instead of 1 and 0"):
-        check_grader(Reward(grader="math"))
+    with pytest.raises(
+        UsageError, match=r"grader=math does not work here: ValueError: math-verify finds no expr.*; install"
+    ):
+        GraderPool(Reward(grader="math", workers=1))
 
 
 def _wait_for_end(pids: list[int]) -> None:
