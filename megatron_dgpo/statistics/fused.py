@@ -1,7 +1,8 @@
 """The Triton tier: each tile of logits is read once. Same functions as in `chunked`.
 
-The products stay with cuBLAS, which no Triton product reaches on Hopper; what is fused is all that follows them. A tile
-is sized to the L2 cache, and one program holds its rows in registers, so no online maximum is needed.
+The products stay with cuBLAS, which no Triton product reaches on Hopper; what is fused is all that follows them. One
+program holds a whole row of a tile in registers, so no online maximum is needed. A tile of 64 MB is larger than any L2
+cache: the kernels read it from memory, once.
 """
 
 from __future__ import annotations
