@@ -325,9 +325,9 @@ def summary(rows: list[Row]) -> dict[str, float]:
 def limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """What this device reaches: bytes/s of a copy (read and written), and operations/s of a large product."""
     on_gpu = device.type == "cuda"
-    source = torch.empty(2**30 if on_gpu else 2**26, dtype=torch.uint8, device=device)
+    source = torch.empty(2**30 if on_gpu else 2**24, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    side = 8192 if on_gpu else 1024
+    side = 8192 if on_gpu else 512
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(left)
     return {

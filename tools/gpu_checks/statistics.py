@@ -72,9 +72,7 @@ def compare(case: Case, tier: str, device: torch.device, dtype: torch.dtype) -> 
     expected, expected_gradients = _dense(case, tensors, targets)
     pairs = zip(found, expected, strict=True)
     values = [(a - b).abs().max().item() for a, b in pairs if b is not None]
-    relative = [
-        ((a.double() - b).norm() / b.norm()).item() for a, b in zip(gradients, expected_gradients, strict=True)
-    ]
+    relative = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(gradients, expected_gradients, strict=True)]
     return {"values": max(values), "gradients": max(relative)}
 
 
