@@ -35,6 +35,7 @@ from megatron_dgpo import process  # noqa: E402
 from megatron_dgpo.rollout.server import free_port  # noqa: E402
 from tools.gpu_checks.line import FAILED, SKIPPED, Line, read  # noqa: E402
 
+DTYPES = ("float32", "bfloat16")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral")
 # Of them, those that are cut over several ranks, too.
 SPLIT_FAMILIES = ("qwen2", "qwen3_moe")
@@ -47,38 +48,40 @@ _ERROR_LINES = 12
 class Check:
     name: str
     place: str
-    """module:function of tools.gpu_checks."""
+    """module:function"""
     arguments: tuple[str, ...] = ()
     limit_s: float = 120
-    ranks: int = 1
+    ranks: int = 0
+    """Processes that are ranks of one group, each with a GPU where there are any; 0: one process on its own."""
     needs: tuple[str, ...] = ()
     """Modules without which it is skipped."""
     gpus: int = 0
-    """GPUs without which it is skipped."""
+    """Without as many it is skipped, on a CPU too."""
     only_cpu: bool = False
 
 
 def catalogue() -> list[Check]:
     """All checks, the cheapest first."""
-    checks = [
-        Check(f"statistics {dtype}", "statistics:against_float64", (dtype,), 120) for dtype in ("float32", "bfloat16")
-    ]
-    checks.append(Check("speed", "statistics:speed", limit_s=240))
-    for spec, needs, gpus in (("portable", (), 0), ("te", ("transformer_engine",), 1)):
-        for family in FAMILIES:
-            checks.append(Check(f"model {family} {spec}", "models:model", (family, spec), 120, 1, needs, gpus))
+    statistics, models, commands = (f"tools.gpu_checks.{name}:" for name in ("statistics", "models", "commands"))
+    checks = [Check(f"statistics {dtype}", statistics + "against_float64", (dtype,)) for dtype in DTYPES]
+    checks.append(Check("speed", statistics + "speed", limit_s=240))
+    for family in FAMILIES:
+        checks.append(Check(f"model {family} portable", models + "model", (family, "portable"), ranks=1))
+    for family in FAMILIES:
+        te = dict(ranks=1, needs=("transformer_engine",), gpus=1)
+        checks.append(Check(f"model {family} te", models + "model", (family, "te"), **te))
     for ranks in (2, 4):
         for family in SPLIT_FAMILIES:
-            name = f"model {family} on {ranks} GPUs"
-            checks.append(Check(name, "models:model", (family, "auto"), 180, ranks, gpus=ranks))
-    checks.append(Check("resume", "commands:resume", limit_s=240))
+            checks.append(Check(f"model {family} on {ranks} ranks", models + "model", (family, "auto"), 180, ranks))
+    checks.append(Check("resume", commands + "resume", limit_s=240))
     vllm = dict(limit_s=400, needs=("vllm",))
-    checks += [
-        Check("server, weights in place", "commands:server", ("memory", "sleep"), only_cpu=True, **vllm),
-        Check("server, weights over gloo", "commands:server", ("shards", "awake"), only_cpu=True, **vllm),
-        Check("server, weights over NCCL", "commands:server", ("shards", "awake"), gpus=2, **vllm),
-        Check("server, weights by CUDA IPC", "commands:server", ("ipc", "sleep"), gpus=1, **vllm),
-    ]
+    for name, transport, sleep, where in (
+        ("server, weights in place", "memory", "sleep", dict(only_cpu=True)),
+        ("server, weights over gloo", "shards", "awake", dict(only_cpu=True)),
+        ("server, weights over NCCL", "shards", "awake", dict(gpus=2)),
+        ("server, weights by CUDA IPC", "ipc", "sleep", dict(gpus=1)),
+    ):
+        checks.append(Check(name, commands + "server", (transport, sleep), **vllm, **where))
     return checks
 
 
@@ -89,8 +92,9 @@ def obstacle(check: Check, device: str, num_gpus: int) -> str | None:
         return "needs a GPU" if check.gpus == 1 else f"needs {check.gpus} GPUs"
     if device == "cuda" and check.only_cpu:
         return "is for CPUs"
-    if check.gpus > num_gpus:
-        return f"needs {check.gpus} GPUs, this machine has {num_gpus}"
+    gpus = max(check.ranks, check.gpus)
+    if device == "cuda" and gpus > num_gpus:
+        return f"needs {gpus} GPUs, this machine has {num_gpus}"
     return f"{', '.join(missing)} is not installed" if missing else None
 
 
@@ -99,18 +103,20 @@ def run(check: Check, device: str, folder: Path, patience: float = 1) -> list[Li
 
     patience: what time limits are multiplied by.
     """
-    folder.mkdir()
+    temporary = folder / "tmp"
+    temporary.mkdir(parents=True)
     results, logs = folder / "lines.jsonl", folder / "logs"
     command = [sys.executable, "-m", "tools.gpu_checks", check.place, device, str(folder), str(results)]
-    variables = environment(device)
-    if check.place.startswith("models:"):
+    # What libraries leave behind goes with the folder.
+    variables = environment(device) | {"TMPDIR": str(temporary)}
+    if check.ranks:
         variables |= {"WORLD_SIZE": str(check.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     children = []
     limit_s = check.limit_s * patience
     deadline = time.monotonic() + limit_s
     try:
-        for rank in range(check.ranks):
-            own = variables | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if "WORLD_SIZE" in variables else {})
+        for rank in range(max(1, check.ranks)):
+            own = variables | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if check.ranks else {})
             children.append(process.start(check.name, [*command, *check.arguments], own, logs / f"{rank}.log"))
         failed = None
         while failed is None and any(child.process.poll() is None for child in children):
@@ -188,7 +194,8 @@ def table(report: list[dict]) -> Table:
     for entry in report:
         seconds = f"{entry['seconds']:.0f}" if entry["seconds"] else ""
         for line in entry["lines"]:
-            colour, detail = COLOURS[line["status"]], line["detail"].splitlines()[0] if line["detail"] else ""
+            # Of an error the last line says what it was.
+            colour, detail = COLOURS[line["status"]], line["detail"].rpartition("\n")[2]
             text = f"{entry['check']}: {line['name']}"
             found.add_row(f"[{colour}]{line['status']}[/]", text, detail.replace("[", r"\["), seconds)
             seconds = ""

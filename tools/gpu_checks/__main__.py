@@ -12,7 +12,7 @@ from tools.gpu_checks.line import Task, write
 
 def main(place: str, device: str, folder: str, results: str, *arguments: str) -> None:
     module, _, name = place.partition(":")
-    check = getattr(importlib.import_module(f"tools.gpu_checks.{module}"), name)
+    check = getattr(importlib.import_module(module), name)
     task = Task(device, Path(folder), int(os.environ.get("WORLD_SIZE", 1)))
     for line in check(task, *arguments):
         # All ranks come to the same lines; one of them tells.

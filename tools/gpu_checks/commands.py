@@ -41,6 +41,7 @@ def resume(task: Task) -> Iterator[Line]:
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sections = {
         "batch": {"micro_batch_size": 4},
+        "rollout": {"context_tokens": 64},
         "data": {"train": str(problems)},
         "sft": {"data": str(problems), "steps": STEPS, "batch_size": 8},
         "checkpoint": {"every": 1, "keep": STEPS},
@@ -68,7 +69,6 @@ def server(task: Task, transport: str, sleep: str) -> Iterator[Line]:
     problems.write_text("".join(json.dumps({"question": f"{i}+{i}", "answer": "0"}) + "\n" for i in range(4)))
     sections = {
         "run": {"steps": 2},
-        "optimizer": {"lr": 1e-3},
         "algorithm": {"tau": 0.02},
         "rollout": {
             **{"prompts_per_step": 4, "group_size": 4, "max_response_tokens": 12, "context_tokens": 64},
@@ -98,13 +98,13 @@ def server(task: Task, transport: str, sleep: str) -> Iterator[Line]:
 
 
 def _run(task: Task, command: str, run: Path, model: Path, sections: dict) -> None:
-    settings = {
-        "run": {"dir": str(run)} | sections.pop("run", {}),
+    settings = sections | {
+        "run": {"dir": str(run)} | sections.get("run", {}),
         "model": {"path": str(model), "dtype": "bfloat16" if task.on_gpu else "float32"},
         "optimizer": {"lr": 1e-3, "schedule": "cosine"},
     }
     config = run.with_suffix(".yaml")
-    config.write_text(yaml.safe_dump(settings | sections))
+    config.write_text(yaml.safe_dump(settings))
     line = [sys.executable, "-m", "megatron_dgpo.cli", command, str(config)]
     # Graders are looked for in the current folder.
     paths = [str(task.folder), *filter(None, [os.environ.get("PYTHONPATH")])]
