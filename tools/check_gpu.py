@@ -101,8 +101,12 @@ def obstacle(check: Check, device: str, num_gpus: int) -> str | None:
 def run(check: Check, device: str, folder: Path, patience: float = 1) -> list[Line]:
     """Its lines; one that says what went wrong is added where a process crashed, or the time was up.
 
-    patience: what time limits are multiplied by.
+    folder: to be made. patience: what time limits are multiplied by.
     """
+    return [_without_paths(line, folder) for line in _run(check, device, folder, patience)]
+
+
+def _run(check: Check, device: str, folder: Path, patience: float) -> list[Line]:
     temporary = folder / "tmp"
     temporary.mkdir(parents=True)
     results, logs = folder / "lines.jsonl", folder / "logs"
@@ -137,10 +141,15 @@ def _ending(child: process.Child) -> str:
     status = child.process.returncode
     how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
     text = "\n".join(child.log.read_text(errors="replace").strip().splitlines()[-_ERROR_LINES:])
-    # The report is to be published.
-    for path, name in ((child.log.parents[1], "CHECK"), (ROOT, "CHECKOUT"), (sys.prefix, "PYTHON"), (Path.home(), "~")):
-        text = text.replace(str(path), name)
     return f"{how}: {text}"
+
+
+def _without_paths(line: Line, folder: Path) -> Line:
+    """The report is to be published."""
+    detail = line.detail
+    for path, name in ((folder, "CHECK"), (ROOT, "CHECKOUT"), (sys.prefix, "PYTHON"), (Path.home(), "~")):
+        detail = detail.replace(str(path), name)
+    return dataclasses.replace(line, detail=detail)
 
 
 def environment(device: str) -> dict[str, str]:

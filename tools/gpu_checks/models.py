@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from megatron.core import parallel_state
 from megatron_dgpo.algorithm.objective import policy_objective, token_credit
 from megatron_dgpo.batch import Batch
 from megatron_dgpo.config import Config
+from megatron_dgpo.model.layer_specs import uses_transformer_engine
 from megatron_dgpo.model.parallel import broadcast_from_last_stage, destroy_parallel
 from megatron_dgpo.model.reference import Reference
 from megatron_dgpo.session import Session
 from megatron_dgpo.statistics import token_statistics
 from megatron_dgpo.weights.export import FullTensors
-from tools.gpu_checks.line import Line, Task, within
+from tools.gpu_checks.line import FAILED, Line, Task, within
 from tools.oracle import Oracle, dense_step
 from tools.tiny_models import MIXTURES, make_tiny_model
 
@@ -26,10 +28,15 @@ VOCAB = 131
 TEMPERATURE = 0.8
 LAYOUTS = {1: {}, 2: {"tensor": 2, "sequence": True}, 4: {"tensor": 2, "pipeline": 2, "sequence": True}}
 # Rounding over four layers; of every tensor's gradient, relative to its norm.
-STEP_BOUNDS = {"float32": {"loss": 1e-4, "gradients": 1e-3}, "bfloat16": {"loss": 0.05, "gradients": 0.2}}
+STEP_BOUNDS = {
+    "float32": {"loss": 1e-4, "gradients": 1e-3},
+    "tf32": {"loss": 1e-2, "gradients": 0.1},
+    "bfloat16": {"loss": 0.05, "gradients": 0.2},
+}
 # transformers rounds to bfloat16 in other places than Megatron: how far each is from float64 differs by chance.
 TIMES_TRANSFORMERS = 3
-FLOAT32_LOGPROBS = 1e-4
+# Transformer Engine multiplies float32 matrices with 10 bits of them (TF32).
+LOGPROB_BOUNDS = {"float32": 1e-4, "tf32": 0.05}
 
 Row = tuple[list[int], list[int], float, None]
 
@@ -43,11 +50,21 @@ def model(task: Task, family: str, layer_spec: str) -> Iterator[Line]:
             for seed, name in enumerate(("policy", "reference"))
         )
         config = _config(folder, policy, reference, layer_spec, dtype, LAYOUTS[task.ranks])
-        with _session(config) as session:
-            yield _logprobs(session, dtype)
-            # In bfloat16 some tokens go to other experts than in float64: nothing to compare.
-            if dtype == "float32" or family not in MIXTURES:
-                yield _step(session, reference, dtype)
+        try:
+            yield from _compared(config, family)
+        except Exception:
+            # The other dtype may still work.
+            yield Line(dtype, FAILED, traceback.format_exc().rstrip())
+
+
+def _compared(config: Config, family: str) -> Iterator[Line]:
+    dtype = config.model.dtype
+    products = "tf32" if dtype == "float32" and uses_transformer_engine(config.model.layer_spec) else dtype
+    with _session(config) as session:
+        yield _logprobs(session, products)
+        # In bfloat16 some tokens go to other experts than in float64: nothing to compare.
+        if dtype == "float32" or family not in MIXTURES:
+            yield _step(session, products)
 
 
 def _config(folder: Path, policy: Path, reference: Path, layer_spec: str, dtype: str, layout: dict) -> Config:
@@ -68,9 +85,9 @@ def _config(folder: Path, policy: Path, reference: Path, layer_spec: str, dtype:
 @contextlib.contextmanager
 def _session(config: Config):
     with Session(config, "sft") as session:
-        yield session
         # For the next one of this process.
-        destroy_parallel()
+        session.callback(destroy_parallel)
+        yield session
 
 
 def _rows() -> list[Row]:
@@ -101,7 +118,7 @@ def _statistics(session: Session, batch: Batch, hidden_states, head_weight, **re
     )
 
 
-def _logprobs(session: Session, dtype: str) -> Line:
+def _logprobs(session: Session, products: str) -> Line:
     """Of float64 transformers with the same weights; in bfloat16 compared with how far transformers' own is."""
 
     def logprobs(batch, index, hidden_states, head_weight):
@@ -111,16 +128,13 @@ def _logprobs(session: Session, dtype: str) -> Line:
     found = torch.tensor([value for part in parts for value in part], dtype=torch.float64)
     exact = _transformers_logprobs(session.config.model.path, torch.float64, torch.device("cpu"))
     error = (found - exact).abs()
-    if dtype == "float32":
-        return within("log-probs, float32", {"largest": error.max().item()}, {"largest": FLOAT32_LOGPROBS}, "float64")
+    name = f"log-probs, {products}"
+    if products != "bfloat16":
+        return within(name, {"largest": error.max().item()}, {"largest": LOGPROB_BOUNDS[products]}, "float64")
     theirs = _transformers_logprobs(session.config.model.path, torch.bfloat16, session.device)
     mean = (theirs - exact).abs().mean().item()
-    return within(
-        "log-probs, bfloat16",
-        {"mean": error.mean().item(), "transformers": mean},
-        {"mean": TIMES_TRANSFORMERS * mean},
-        "float64",
-    )
+    errors = {"mean": error.mean().item(), "transformers": mean}
+    return within(name, errors, {"mean": TIMES_TRANSFORMERS * mean}, "float64")
 
 
 @torch.no_grad()
@@ -138,7 +152,7 @@ def _transformers_logprobs(path: Path, dtype: torch.dtype, device: torch.device)
     return torch.cat(found)
 
 
-def _step(session: Session, reference_dir: Path, dtype: str) -> Line:
+def _step(session: Session, products: str) -> Line:
     """Loss and all gradients of one DGPO step."""
     config = session.config
     reference = Reference(config, session.architecture)
@@ -158,12 +172,12 @@ def _step(session: Session, reference_dir: Path, dtype: str) -> Line:
         return policy_objective(statistics, batch, weights, statistics.logprobs.detach(), config.algorithm)
 
     result = session.policy.step(micro_batches, loss)
-    oracle = dense_step(config.model.path, reference_dir, _rows(), config.algorithm, TEMPERATURE, VOCAB)
+    oracle = dense_step(config.model.path, config.model.reference, _rows(), config.algorithm, TEMPERATURE, VOCAB)
     errors = {
         "loss": abs(result.metrics["loss"] / result.metrics["normaliser"] - oracle.loss),
         "gradients": max(_gradient_errors(session, oracle)),
     }
-    return within(f"training step, {dtype}", errors, STEP_BOUNDS[dtype], "float64")
+    return within(f"training step, {products}", errors, STEP_BOUNDS[products], "float64")
 
 
 def _gradient_errors(session: Session, oracle: Oracle) -> list[float]:
