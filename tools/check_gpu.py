@@ -115,26 +115,36 @@ def _run(check: Check, device: str, folder: Path, patience: float) -> list[Line]
     variables = environment(device) | {"TMPDIR": str(temporary)}
     if check.ranks:
         variables |= {"WORLD_SIZE": str(check.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    children = []
+    children: list[process.Child] = []
     limit_s = check.limit_s * patience
-    deadline = time.monotonic() + limit_s
     try:
         for rank in range(max(1, check.ranks)):
             own = variables | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if check.ranks else {})
             children.append(process.start(check.name, [*command, *check.arguments], own, logs / f"{rank}.log"))
-        failed = None
-        while failed is None and any(child.process.poll() is None for child in children):
-            failed = next((child for child in children if child.process.poll()), None)
-            if time.monotonic() > deadline:
-                return [*read(results), Line("time limit", FAILED, f"not done after {limit_s:g} s")]
-            time.sleep(_POLL_S)
-        failed = failed or next((child for child in children if child.process.poll()), None)
+        failed = _wait(children, limit_s)
+    except TimeoutError:
+        return [*read(results), Line("time limit", FAILED, f"not done after {limit_s:g} s")]
     finally:
         process.stop(children, grace_s=5)
     lines = read(results)
     if failed:
         return [*lines, Line("process", FAILED, _ending(failed))]
     return lines or [Line("process", FAILED, "ended without a line")]
+
+
+def _wait(children: list[process.Child], limit_s: float) -> process.Child | None:
+    """Until all have ended well (None), or one has not: its peers wait for it in vain. Raises TimeoutError."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        statuses = [child.process.poll() for child in children]
+        for child, status in zip(children, statuses, strict=True):
+            if status:
+                return child
+        if None not in statuses:
+            return None
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(_POLL_S)
 
 
 def _ending(child: process.Child) -> str:
@@ -158,6 +168,8 @@ def environment(device: str) -> dict[str, str]:
     variables = {name: value for name, value in os.environ.items() if name not in launcher}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables["PYTHONPATH"] = os.pathsep.join(paths)
+    # NVIDIA's images switch float32 products to TF32 by it: not what is compared with float64.
+    variables["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "0"
     if device == "cpu":
         variables["CUDA_VISIBLE_DEVICES"] = ""
     return variables
@@ -226,7 +238,7 @@ def main() -> int:
     chosen = [check for check in catalogue() if _wanted(check.name, arguments.only, arguments.skip)]
     if not chosen:
         raise SystemExit(f"no check of that name; there are: {', '.join(check.name for check in catalogue())}")
-    report = []
+    report = {**machine, "device": device, "checks": []}
     with tempfile.TemporaryDirectory(prefix="check_gpu_") as folder:
         for index, check in enumerate(chosen):
             start = time.monotonic()
@@ -236,16 +248,20 @@ def main() -> int:
             seconds = time.monotonic() - start
             show(console, check.name, lines, seconds)
             entry = {"check": check.name, "seconds": round(seconds, 1), "lines": [dataclasses.asdict(x) for x in lines]}
-            report.append(entry)
-    console.print(table(report))
-    counts = {status: sum(x["status"] == status for e in report for x in e["lines"]) for status in COLOURS}
-    console.print(", ".join(f"{count} {status}" for status, count in counts.items()))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(
-            json.dumps({**machine, "device": device, **counts, "checks": report}, indent=1) + "\n"
-        )
-    return 1 if counts[FAILED] else 0
+            report["checks"].append(entry)
+            _write(arguments.json, report)
+    console.print(table(report["checks"]))
+    console.print(", ".join(f"{report[status]} {status}" for status in COLOURS))
+    return 1 if report[FAILED] else 0
+
+
+def _write(path: Path | None, report: dict) -> None:
+    """After each check: what has been found stays, whatever ends this command."""
+    statuses = [line["status"] for entry in report["checks"] for line in entry["lines"]]
+    report |= {status: statuses.count(status) for status in COLOURS}
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _wanted(name: str, only: list[str], skip: list[str]) -> bool:
