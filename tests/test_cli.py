@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from megatron_dgpo.cli import main
-from tests.tiny_models import make_tiny_model
+from tools.tiny_models import make_tiny_model
 
 
 @pytest.fixture(scope="module")

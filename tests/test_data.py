@@ -10,7 +10,7 @@ import pytest
 from megatron_dgpo.config import Config
 from megatron_dgpo.data import PromptOrder, load_prompts, load_solutions
 from megatron_dgpo.errors import UsageError
-from tests.tiny_models import make_tokenizer
+from tools.tiny_models import make_tokenizer
 
 _GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "test.jsonl"
 

@@ -8,9 +8,9 @@ import torch
 
 from megatron_dgpo.config import Algorithm
 from tests.layouts import LAYOUTS, MIXTURE_LAYOUTS, make_config
-from tests.oracle import dense_step
 from tests.ranks import run_ranks
-from tests.tiny_models import MIXTURES, make_tiny_model
+from tools.oracle import dense_step
+from tools.tiny_models import MIXTURES, make_tiny_model
 
 VOCAB = 131
 TEMPERATURE = 0.8

@@ -18,7 +18,7 @@ from megatron_dgpo.manifest import candidates
 from megatron_dgpo.metrics import read_metrics
 from megatron_dgpo.stop import STOPPED
 from tests.layouts import LAYOUTS
-from tests.tiny_models import make_tiny_model
+from tools.tiny_models import make_tiny_model
 
 STEPS = 4
 RECORDED_STEPS = 12

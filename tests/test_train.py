@@ -16,7 +16,7 @@ import yaml
 from megatron_dgpo.metrics import read_metrics
 from megatron_dgpo.weights.convert import Job, convert
 from tests.test_resume import processes, wait_until_gone
-from tests.tiny_models import make_tiny_model
+from tools.tiny_models import make_tiny_model
 
 STEPS = 3
 

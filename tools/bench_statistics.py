@@ -171,6 +171,15 @@ def megatron(inputs: Inputs) -> Backward:
     return loss.sum().backward
 
 
+def pytorch(inputs: Inputs) -> Backward:
+    """Cross entropy only, in PyTorch's chunks; its forward pass makes the gradients, too."""
+    hidden, head = inputs.leaves()
+    loss = torch.nn.functional.linear_cross_entropy(
+        hidden, head, inputs.targets, reduction="sum", options=torch.nn.LinearCrossEntropyOptions()
+    )
+    return loss.backward
+
+
 def liger(inputs: Inputs) -> Backward:
     """Cross entropy only: no reference, no entropy. Its forward pass makes the gradients, too."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
@@ -206,6 +215,9 @@ def methods(device: torch.device) -> dict[str, Callable | str]:
         "naive PyTorch": naive(),
         "naive, torch.compile": naive(torch.compile(_naive)),
         "Megatron cross entropy + naive": megatron,
+        "PyTorch linear_cross_entropy (cross entropy only)": (
+            pytorch if hasattr(torch.nn, "LinearCrossEntropyOptions") else "not in this PyTorch"
+        ),
         "Liger (cross entropy only)": needs("liger_kernel", liger),
         "Apple CCE (cross entropy only)": needs("cut_cross_entropy", apple),
     }
@@ -256,11 +268,15 @@ def timed(run: Callable, inputs: Inputs) -> tuple[float, float]:
     return middle - start, time.perf_counter() - start
 
 
-def measure(size: tuple[int, int, int], device: torch.device, dtype: torch.dtype, rounds: int) -> list[Row]:
+def measure(
+    size: tuple[int, int, int], device: torch.device, dtype: torch.dtype, rounds: int, without: tuple[str, ...] = ()
+) -> list[Row]:
+    """without: methods to leave out."""
     n, hidden, vocab = size
     inputs = make_inputs(n, hidden, vocab, device, dtype)
     rows, runs = [], {}
-    for name, run in methods(device).items():
+    chosen = {name: run for name, run in methods(device).items() if name not in without}
+    for name, run in chosen.items():
         row = Row(n, hidden, vocab, name)
         rows.append(row)
         if isinstance(run, str):
@@ -306,6 +322,68 @@ def summary(rows: list[Row]) -> dict[str, float]:
     }
 
 
+def limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What this device reaches: bytes/s of a copy (read and written), and operations/s of a large product."""
+    on_gpu = device.type == "cuda"
+    source = torch.empty(2**30 if on_gpu else 2**24, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    side = 8192 if on_gpu else 512
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    return {
+        "copy_bytes_per_s": 2 * source.nbytes / seconds(lambda: target.copy_(source), device),
+        "product_flops": 2 * side**3 / seconds(lambda: torch.mm(left, right, out=out), device),
+    }
+
+
+def kernel_rates(device: torch.device) -> dict[str, float]:
+    """Bytes/s that the Triton kernels read and write for a full tile of the policy's and the reference's logits."""
+    from megatron_dgpo.statistics import fused
+    from megatron_dgpo.statistics.vocab_parallel import TILE_ROWS
+
+    n, columns = TILE_ROWS, 4096
+    x, y = (torch.randn(n, columns, device=device) for _ in range(2))
+    target = torch.randint(columns, (n,), device=device)
+    sums = torch.empty(8, n, device=device)
+    vectors = [torch.rand(n, device=device) for _ in range(4)]
+    forward_s = seconds(lambda: fused.tile_sums(x, y, target, sums, None), device)
+    backward_s = seconds(lambda: fused.tile_gradient(x, target, *vectors, torch.bfloat16, None), device)
+    return {
+        "sums_bytes_per_s": (x.nbytes + y.nbytes + sums.nbytes) / forward_s,
+        "gradient_bytes_per_s": (x.nbytes + x.nbytes // 2) / backward_s,
+    }
+
+
+def seconds(run: Callable, device: torch.device, calls: int = 10) -> float:
+    """Of one of `calls` in a row, after one that does not count; the fastest of three such rows."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    run()
+    rows = []
+    for _ in range(3):
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        synchronize()
+        rows.append((time.perf_counter() - start) / calls)
+    return min(rows)
+
+
+@contextlib.contextmanager
+def one_rank():
+    """Megatron's groups of a single process: its cross entropy asks for them."""
+    from megatron.core import parallel_state
+
+    init_device()
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
 def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name()
@@ -342,18 +420,16 @@ def main() -> None:
     console = Console(width=None if os.isatty(1) else 140)
     header = {"machine": machine(device), "torch": torch.__version__, "dtype": str(dtype), "rounds": arguments.rounds}
     console.print(header)
-    init_device()
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
-        from megatron.core import parallel_state
-
-        parallel_state.initialize_model_parallel()
+    with one_rank():
+        header |= {"limits": limits(device, dtype)}
+        if device.type == "cuda" and importlib.util.find_spec("triton"):
+            header["limits"] |= kernel_rates(device)
+        console.print(header["limits"])
         for size in sizes:
             rows = measure(size, device, dtype, arguments.rounds)
             show(rows, console)
             results += [{"rows": [asdict(row) for row in rows], "summary": summary(rows)}]
-        dist.destroy_process_group()
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps({**header, "sizes": results}, indent=1) + "\n")

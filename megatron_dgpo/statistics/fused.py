@@ -1,8 +1,8 @@
 """The Triton tier: each tile of logits is read once. Same functions as in `chunked`.
 
-The products stay with cuBLAS, which no Triton product reaches on Hopper; what is fused is all that follows them. A tile
-of 64 MiB is more than the 50 MB of an H100's L2 cache: it comes from memory, once. One program holds its rows in
-registers, so no online maximum is needed.
+The products stay with cuBLAS, which no Triton product reaches on Hopper; what is fused is all that follows them. One
+program holds a whole row of a tile in registers, so no online maximum is needed. A tile of 64 MB is larger than any L2
+cache: the kernels read it from memory, once.
 """
 
 from __future__ import annotations

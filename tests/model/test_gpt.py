@@ -7,7 +7,7 @@ import torch
 
 from tests.layouts import LAYOUTS, MIXTURE_LAYOUTS, make_config
 from tests.ranks import run_ranks
-from tests.tiny_models import FAMILIES, MIXTURES, make_tiny_model
+from tools.tiny_models import FAMILIES, MIXTURES, make_tiny_model
 
 # float32 rounding over four layers, with sums split differently by each layout.
 TOLERANCE = 2e-5

@@ -4,7 +4,7 @@ import pytest
 
 from tests.layouts import LAYOUTS, make_config
 from tests.ranks import run_ranks
-from tests.tiny_models import FAMILIES, make_tiny_model
+from tools.tiny_models import FAMILIES, make_tiny_model
 
 
 def names(model_dir, parallel):

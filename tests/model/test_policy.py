@@ -5,7 +5,7 @@ import torch
 
 from tests.layouts import LAYOUTS, make_config
 from tests.ranks import run_ranks
-from tests.tiny_models import make_tiny_model
+from tools.tiny_models import make_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.weights.architectures import read_architecture
 from tests.layouts import make_config
 from tests.ranks import run_ranks
-from tests.tiny_models import make_tiny_model
+from tools.tiny_models import make_tiny_model
 
 MODELS = {
     "qwen3": dict(num_hidden_layers=2),

@@ -9,7 +9,7 @@ from megatron_dgpo.planning.layout import RolloutSide, TrainerSide, Workload, re
 from megatron_dgpo.weights.architectures import check_layout, read_architecture
 from tests.layouts import make_config
 from tests.ranks import run_ranks
-from tests.tiny_models import make_tiny_model
+from tools.tiny_models import make_tiny_model
 
 WORLD = 4
 # Beyond any rule of preflight's on step sizes.

@@ -10,7 +10,7 @@ from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.weights.architectures import read_architecture
 from tests.layouts import make_config
 from tests.ranks import run_ranks
-from tests.tiny_models import make_tiny_model
+from tools.tiny_models import make_tiny_model
 
 # Head dimension 32 and 131 tokens: parameters of 32 elements, and buffers whose ends need padding.
 SHAPES = [

@@ -20,7 +20,7 @@ from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.resharding import TrainerLayout
 from tests.full_tensors import megatron_shard
 from tests.layouts import make_config
-from tests.tiny_models import make_tiny_model
+from tools.tiny_models import make_tiny_model
 
 SECRET = secrets.token_urlsafe(16)
 PROMPTS = [Prompt(i, [1, 40 + i, 50, 60], "", "") for i in range(3)]

@@ -14,7 +14,7 @@ from megatron_dgpo.rollout import server
 from megatron_dgpo.rollout.client import BROKEN, Engines
 from tests.layouts import MIXTURE_LAYOUTS, make_config
 from tests.ranks import run_ranks
-from tests.tiny_models import MIXTURES, make_tiny_model
+from tools.tiny_models import MIXTURES, make_tiny_model
 
 # Fixed: the ranks import this file anew.
 SECRET = "of-this-test-only"

@@ -19,9 +19,9 @@ from megatron_dgpo.weights import convert as convert_module
 from megatron_dgpo.weights.convert import Conversion, Job, convert
 from tests.layouts import make_config
 from tests.ranks import run_ranks
-from tests.tiny_models import FAMILIES, MIXTURES, make_tiny_model
 from tools.bench_convert import PeakMemory, generate
 from tools.convert_checkpoint import main
+from tools.tiny_models import FAMILIES, MIXTURES, make_tiny_model
 
 # Small enough that every tiny model has several files of either format.
 FILE_BYTES = 100_000

@@ -22,7 +22,7 @@ from megatron_dgpo.weights.resharding import (
     wrapped_sum,
 )
 from tests.full_tensors import megatron_shard
-from tests.tiny_models import make_tiny_model
+from tools.tiny_models import make_tiny_model
 
 VOCAB = 131  # no group size divides it
 TRAINERS = [

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from tests.layouts import LAYOUTS, MIXTURE_LAYOUTS, make_config
 from tests.ranks import run_ranks
-from tests.tiny_models import FAMILIES, MIXTURES, make_tiny_model
+from tools.tiny_models import FAMILIES, MIXTURES, make_tiny_model
 
 
 def round_trip(model_dirs, targets, parallel, dtype):

@@ -1,0 +1,193 @@
+"""Models of every family on one device, or over several: log-probs and a training step against transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_dgpo.algorithm.objective import policy_objective, token_credit
+from megatron_dgpo.batch import Batch
+from megatron_dgpo.config import Config
+from megatron_dgpo.model.layer_specs import uses_transformer_engine
+from megatron_dgpo.model.parallel import broadcast_from_last_stage, destroy_parallel
+from megatron_dgpo.model.reference import Reference
+from megatron_dgpo.session import Session
+from megatron_dgpo.statistics import token_statistics
+from megatron_dgpo.weights.export import FullTensors
+from tools.gpu_checks.line import FAILED, Line, Task, within
+from tools.oracle import Oracle, dense_step
+from tools.tiny_models import MIXTURES, make_tiny_model
+
+VOCAB = 131
+TEMPERATURE = 0.8
+LAYOUTS = {1: {}, 2: {"tensor": 2, "sequence": True}, 4: {"tensor": 2, "pipeline": 2, "sequence": True}}
+# Rounding over four layers; of every tensor's gradient, relative to its norm.
+STEP_BOUNDS = {
+    "float32": {"loss": 1e-4, "gradients": 1e-3},
+    "tf32": {"loss": 1e-2, "gradients": 0.1},
+    "bfloat16": {"loss": 0.05, "gradients": 0.2},
+}
+# transformers rounds to bfloat16 in other places than Megatron: how far each is from float64 differs by chance.
+TIMES_TRANSFORMERS = 3
+# Transformer Engine multiplies float32 matrices with 10 bits of them (TF32).
+LOGPROB_BOUNDS = {"float32": 1e-4, "tf32": 0.05}
+
+Row = tuple[list[int], list[int], float, None]
+
+
+def model(task: Task, family: str, layer_spec: str) -> Iterator[Line]:
+    for dtype in ("float32", "bfloat16") if task.on_gpu else ("float32",):
+        # A folder for each rank: they make the same models without waiting for each other.
+        folder = task.folder / f"{dtype}_{os.environ['RANK']}"
+        policy, reference = (
+            make_tiny_model(folder / name, family, vocab_size=VOCAB, dtype=getattr(torch, dtype), seed=seed)
+            for seed, name in enumerate(("policy", "reference"))
+        )
+        config = _config(folder, policy, reference, layer_spec, dtype, LAYOUTS[task.ranks])
+        try:
+            yield from _compared(config, family)
+        except Exception:
+            # The other dtype may still work.
+            yield Line(dtype, FAILED, traceback.format_exc().rstrip())
+
+
+def _compared(config: Config, family: str) -> Iterator[Line]:
+    dtype = config.model.dtype
+    products = "tf32" if dtype == "float32" and uses_transformer_engine(config.model.layer_spec) else dtype
+    with _session(config) as session:
+        yield _logprobs(session, products)
+        # In bfloat16 some tokens go to other experts than in float64: nothing to compare.
+        if dtype == "float32" or family not in MIXTURES:
+            yield _step(session, products)
+
+
+def _config(folder: Path, policy: Path, reference: Path, layer_spec: str, dtype: str, layout: dict) -> Config:
+    return Config.model_validate(
+        {
+            "run": {"dir": folder / "run"},
+            "model": {"path": policy, "reference": reference, "dtype": dtype, "layer_spec": layer_spec},
+            "parallel": layout,
+            "algorithm": {"tau": 0.02},
+            # Clipping would scale the gradients that are compared.
+            "optimizer": {"clip_grad": 0},
+            "rollout": {"temperature": TEMPERATURE},
+            "data": {"train": folder / "none.jsonl"},
+        }
+    )
+
+
+@contextlib.contextmanager
+def _session(config: Config):
+    with Session(config, "sft") as session:
+        # For the next one of this process.
+        session.callback(destroy_parallel)
+        yield session
+
+
+def _rows() -> list[Row]:
+    """(prompt, response, advantage, no old log-probs) of four responses of different lengths."""
+    generator = torch.Generator().manual_seed(3)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(3, VOCAB, (count,), generator=generator).tolist()
+
+    advantages = torch.randn(4, generator=generator).tolist()
+    return [(tokens(4 + i % 3), tokens(12 + 5 * i % 11), advantages[i], None) for i in range(4)]
+
+
+def _micro_batches(session: Session) -> list[Batch]:
+    prompts, responses, advantages, _ = zip(*_rows(), strict=True)
+    return session.make_batch(prompts, responses, advantages).split(2)
+
+
+def _statistics(session: Session, batch: Batch, hidden_states, head_weight, **reference):
+    return token_statistics(
+        hidden_states,
+        head_weight,
+        batch.targets,
+        temperature=TEMPERATURE,
+        vocab_size=VOCAB,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        **reference,
+    )
+
+
+def _logprobs(session: Session, products: str) -> Line:
+    """Of float64 transformers with the same weights; in bfloat16 compared with how far transformers' own is."""
+
+    def logprobs(batch, index, hidden_states, head_weight):
+        return _statistics(session, batch, hidden_states, head_weight).logprobs.tolist()
+
+    parts = broadcast_from_last_stage(session.policy.forward(_micro_batches(session), logprobs))
+    found = torch.tensor([value for part in parts for value in part], dtype=torch.float64)
+    exact = _transformers_logprobs(session.config.model.path, torch.float64, torch.device("cpu"))
+    error = (found - exact).abs()
+    name = f"log-probs, {products}"
+    if products != "bfloat16":
+        return within(name, {"largest": error.max().item()}, {"largest": LOGPROB_BOUNDS[products]}, "float64")
+    theirs = _transformers_logprobs(session.config.model.path, torch.bfloat16, session.device)
+    mean = (theirs - exact).abs().mean().item()
+    errors = {"mean": error.mean().item(), "transformers": mean}
+    return within(name, errors, {"mean": TIMES_TRANSFORMERS * mean}, "float64")
+
+
+@torch.no_grad()
+def _transformers_logprobs(path: Path, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[N] float64, of the rows' response tokens one after another."""
+    from transformers import AutoModelForCausalLM
+
+    # Experts one by one: the grouped product does not take float64.
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, experts_implementation="eager").to(device)
+    found = []
+    for prompt, response, _, _ in _rows():
+        logits = model(torch.tensor([[*prompt, *response]], device=device)).logits[0, len(prompt) - 1 : -1]
+        logprobs = torch.log_softmax(logits.double().cpu() / TEMPERATURE, -1)
+        found.append(logprobs.gather(-1, torch.tensor(response)[:, None])[:, 0])
+    return torch.cat(found)
+
+
+def _step(session: Session, products: str) -> Line:
+    """Loss and all gradients of one DGPO step."""
+    config = session.config
+    reference = Reference(config, session.architecture)
+    micro_batches = _micro_batches(session)
+    states = reference.hidden_states(micro_batches)
+
+    def loss(batch, index, hidden_states, head_weight):
+        statistics = _statistics(
+            session,
+            batch,
+            hidden_states,
+            head_weight,
+            reference_hidden_states=states[index],
+            reference_head_weight=reference.head_weight,
+        )
+        weights = token_credit(statistics, batch.cu_seqlens, VOCAB, config.algorithm)
+        return policy_objective(statistics, batch, weights, statistics.logprobs.detach(), config.algorithm)
+
+    result = session.policy.step(micro_batches, loss)
+    oracle = dense_step(config.model.path, config.model.reference, _rows(), config.algorithm, TEMPERATURE, VOCAB)
+    errors = {
+        "loss": abs(result.metrics["loss"] / result.metrics["normaliser"] - oracle.loss),
+        "gradients": max(_gradient_errors(session, oracle)),
+    }
+    return within(f"training step, {products}", errors, STEP_BOUNDS[products], "float64")
+
+
+def _gradient_errors(session: Session, oracle: Oracle) -> list[float]:
+    """Of every Hugging Face tensor. After a step Megatron's buffers still hold the gradients: read as if weights."""
+    for module in session.policy.modules:
+        for parameter in module.parameters():
+            parameter.data = parameter.main_grad.float()
+    gradients = FullTensors(session.policy.modules, session.architecture, torch.float32)
+    errors = []
+    for name, gradient in gradients:
+        expected = oracle.gradients[name]
+        errors.append(((gradient.cpu().double() - expected).norm() / expected.norm()).item())
+    return errors
