@@ -47,7 +47,9 @@ def patience(config: Config) -> timedelta:
     The other long waits are short of it: for one file of an export (5 GB), and for one rank's part of a checkpoint.
     """
     rollout = config.rollout
-    return _MARGIN + timedelta(seconds=max(rollout.request_timeout_s, rollout.start_timeout_s))
+    return _MARGIN + timedelta(
+        seconds=max(rollout.request_timeout_s, rollout.start_timeout_s, rollout.update_timeout_s)
+    )
 
 
 class TrainingStopped(RuntimeError):

@@ -19,7 +19,7 @@ from megatron_dgpo.rollout.weight_sync import StaleWeightsError
 from tests.layouts import make_config
 from tests.model.test_policy import build
 from tests.ranks import run_ranks
-from tests.tiny_models import make_tiny_model
+from tools.tiny_models import make_tiny_model
 
 
 @pytest.fixture(scope="module")

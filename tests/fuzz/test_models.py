@@ -20,9 +20,9 @@ from megatron_dgpo.weights.distributed import DistributedCheckpoint
 from megatron_dgpo.weights.load import INDEX, SINGLE, check_weights
 from tests.fuzz import fuzz
 from tests.fuzz.json_text import nearly
-from tests.tiny_models import FAMILIES as DENSE
-from tests.tiny_models import MIXTURES, SIZES
 from tools.bench_convert import generate
+from tools.tiny_models import FAMILIES as DENSE
+from tools.tiny_models import MIXTURES, SIZES
 
 TINY = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1, vocab_size=7, head_dim=4)
 # Of 4,096 layers, or 131,072 mixtures of experts, and three tensors each.

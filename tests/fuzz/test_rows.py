@@ -14,7 +14,7 @@ from megatron_dgpo.data import load_prompts, load_solutions
 from megatron_dgpo.errors import UsageError
 from tests.fuzz import fuzz
 from tests.layouts import make_config
-from tests.tiny_models import make_tokenizer
+from tools.tiny_models import make_tokenizer
 
 scalars = st.one_of(
     st.none(),

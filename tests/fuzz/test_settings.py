@@ -12,7 +12,7 @@ from megatron_dgpo import preflight
 from megatron_dgpo.config import Config, load_config, setting_names
 from megatron_dgpo.errors import UsageError
 from tests.fuzz import fuzz
-from tests.tiny_models import make_tiny_model
+from tools.tiny_models import make_tiny_model
 
 NAMES = setting_names()
 SECTIONS = sorted(Config.model_fields)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.test_cli import Case
-from tests.tiny_models import make_tiny_model
+from tools.tiny_models import make_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -34,8 +34,8 @@ from megatron_dgpo.weights.resharding import (
 )
 from tests.full_tensors import megatron_shard
 from tests.planning.test_recipes import RECIPES, ROOT, command
-from tests.tiny_models import make_tiny_model
 from tools import plan_parallelism
+from tools.tiny_models import make_tiny_model
 
 # The group: one communicator, one call a bucket
 

@@ -12,7 +12,7 @@ from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.convert import Job, convert
 from megatron_dgpo.weights.load import INDEX, check_weights
 from tests.test_cli import Case
-from tests.tiny_models import make_tiny_model, make_tokenizer
+from tools.tiny_models import make_tiny_model, make_tokenizer
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 LAST = "model.layers.3.mlp.down_proj.weight"

@@ -16,8 +16,8 @@ from megatron_dgpo.weights.dcp_metadata import METADATA, read_metadata
 from megatron_dgpo.weights.load import check_weights
 from tests.layouts import make_config
 from tests.ranks import run_ranks
-from tests.tiny_models import make_tiny_model
 from tools.bench_convert import generate
+from tools.tiny_models import make_tiny_model
 
 
 class Runs:
