@@ -6,7 +6,7 @@ import reprlib
 from pathlib import Path
 
 _MOST_CHARACTERS = 2000
-_PATH_CHARACTERS = 300
+_PLAIN_CHARACTERS = 300
 
 _repr = reprlib.Repr()
 _repr.maxlevel, _repr.maxstring, _repr.maxother = 2, 80, 80
@@ -24,10 +24,11 @@ class UsageError(Exception):
         super().__init__(line if len(line) <= _MOST_CHARACTERS else line[: _MOST_CHARACTERS - 2] + " …")
 
 
-def shown(value: object) -> str:
-    """A value found in the input, as an error quotes it: on one line and short, a path plain, anything else quoted."""
-    if isinstance(value, Path):
+def shown(value: object, plain: bool = False) -> str:
+    """A value found in the input, as an error quotes it: on one line and short. A path is plain, anything else quoted
+    unless it is to be `plain`."""
+    if plain or isinstance(value, Path):
         text = str(value)
-        half = _PATH_CHARACTERS // 2
-        return text if len(text) <= _PATH_CHARACTERS else f"{text[:half]}…{text[-half:]}"
+        half = _PLAIN_CHARACTERS // 2
+        return text if len(text) <= _PLAIN_CHARACTERS else f"{text[:half]}…{text[-half:]}"
     return _repr.repr(value)

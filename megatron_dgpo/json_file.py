@@ -8,11 +8,10 @@ from typing import Any, TypeVar
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megatron_dgpo.errors import UsageError
+from megatron_dgpo.errors import UsageError, shown
 
 # The index of a model of 100,000 tensors has 10 MB.
 _MOST_BYTES = 64 * 2**20
-_SHOWN_CHARACTERS = 60
 
 
 class Content(BaseModel):
@@ -48,15 +47,9 @@ def checked(path: Path, content: dict[str, Any], kind: type[T]) -> T:
         return kind.model_validate(content)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        key = ".".join(shown(part, str) for part in problem["loc"])
+        key = ".".join(shown(part, plain=True) for part in problem["loc"])
         if problem["type"] == "missing":
             raise UsageError(f"{path}: key '{key}' is missing") from None
         message = problem["msg"].removeprefix("Value error, ")
         found = f"{key}={shown(problem['input'])}: {message[:1].lower()}{message[1:]}" if key else message
         raise UsageError(f"{path}: {found}") from None
-
-
-def shown(value: Any, write=repr) -> str:
-    """A value as a message quotes it."""
-    text = write(value)
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"

@@ -98,11 +98,16 @@ def _is_others(path: Path) -> bool:
     if path.parent != _SHARED_MEMORY:
         return False
     own = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
-    for candidate in psutil.process_iter():
-        if candidate.pid not in own:
-            with contextlib.suppress(OSError):
-                if str(path) in Path(f"/proc/{candidate.pid}/maps").read_text():
-                    return True
+    try:
+        # A semaphore was mapped under another name than it has now.
+        inode = path.stat().st_ino
+    except FileNotFoundError:
+        return False
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines() if pid not in own else []
+            if any(f" {inode} " in line and str(_SHARED_MEMORY) in line for line in lines):
+                return True
     return False
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_dgpo.config import Parallel
-from megatron_dgpo.errors import UsageError
-from megatron_dgpo.json_file import read_object, shown
+from megatron_dgpo.errors import UsageError, shown
+from megatron_dgpo.json_file import read_object
 from megatron_dgpo.weights.hf_config import HfConfig, read_hf_config, sliding_window
 
 
@@ -241,7 +241,7 @@ def read_architecture(model_dir: Path) -> Architecture:
     family = FAMILIES.get(name)
     if family is None:
         raise UsageError(
-            f"{path}: architecture {shown(name, str)} is not supported; supported are {', '.join(FAMILIES)}"
+            f"{path}: architecture {shown(name, plain=True)} is not supported; supported are {', '.join(FAMILIES)}"
         )
     if content.get("model_type") != family.name:
         # transformers goes by one of them, vLLM by the other.

@@ -27,8 +27,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_dgpo.errors import UsageError
-from megatron_dgpo.json_file import shown
+from megatron_dgpo.errors import UsageError, shown
 
 METADATA = ".metadata"
 # PyTorch's own switch, read by every torch.load.
@@ -78,7 +77,9 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str):
         if (module, name) not in _GLOBALS:
-            raise pickle.UnpicklingError(f"it wants {shown(f'{module}.{name}', str)}, which is no part of a checkpoint")
+            raise pickle.UnpicklingError(
+                f"it wants {shown(f'{module}.{name}', plain=True)}, which is no part of a checkpoint"
+            )
         return _GLOBALS[module, name]
 
     def persistent_load(self, pid):
@@ -122,7 +123,7 @@ def read_metadata(path: Path) -> Metadata:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:
         # Unpickling raises whatever the damaged bytes make it stumble over.
-        reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), str)}"
+        reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), plain=True)}"
         raise UsageError(f"{path} is damaged or cut short, or no table of a checkpoint: {reason}") from None
     if problem:
         raise UsageError(f"{path} is damaged or cut short: {problem}")

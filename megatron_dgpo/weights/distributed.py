@@ -37,8 +37,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_dgpo.errors import UsageError
-from megatron_dgpo.json_file import shown
+from megatron_dgpo.errors import UsageError, shown
 from megatron_dgpo.weights.architectures import Architecture
 from megatron_dgpo.weights.dcp_metadata import METADATA, read_metadata
 from megatron_dgpo.weights.slices import shard_slices
@@ -116,7 +115,7 @@ class DistributedCheckpoint:
             # A damaged file: unpickling raises whatever it stumbles over.
             places = (self._metadata.storage_data.get(item.storage_index) for item in items)
             files = ", ".join(sorted({place.relative_path if place else "no file" for place in places}))
-            reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), str)}"
+            reason = f"{type(error).__name__}: {shown(' '.join(str(error).split()), plain=True)}"
             raise UsageError(f"{self.path}: tensor {key} in {files} is damaged: {reason}") from None
         return tensor.view(shape)
 

@@ -7,8 +7,8 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from megatron_dgpo.errors import UsageError
-from megatron_dgpo.json_file import Content, checked, shown
+from megatron_dgpo.errors import UsageError, shown
+from megatron_dgpo.json_file import Content, checked
 
 # Far above any model, and small enough that a list of the tensors, or of the divisors of a size, is made at once.
 _Size = Annotated[int, Field(gt=0, lt=2**31)]
@@ -119,7 +119,7 @@ def read_hf_config(path: Path, content: dict, defaults: dict) -> tuple[HfConfig,
     rope = dict(config.rope_scaling or config.rope_parameters or {})
     rope.setdefault("rope_type", rope.get("type", "default"))
     if rope["rope_type"] not in get_args(_RopeType):
-        kind, supported = shown(rope["rope_type"], str), " and ".join(get_args(_RopeType))
+        kind, supported = shown(rope["rope_type"], plain=True), " and ".join(get_args(_RopeType))
         raise UsageError(f"{path}: rope type {kind} is not supported; supported are {supported}")
     rope.setdefault("rope_theta", config.rope_theta)
     return config, checked(path, rope, Rope)

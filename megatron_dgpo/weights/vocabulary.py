@@ -7,8 +7,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megatron_dgpo.errors import UsageError
-from megatron_dgpo.json_file import Content, checked, read_object, shown
+from megatron_dgpo.errors import UsageError, shown
+from megatron_dgpo.json_file import Content, checked, read_object
 from megatron_dgpo.weights.architectures import Architecture
 
 _Ids = int | Annotated[list[int], Field(max_length=1024)] | None

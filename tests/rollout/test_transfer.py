@@ -26,8 +26,7 @@ from megatron_dgpo.weights.resharding import (
     TrainerLayout,
     VllmLayout,
     block,
-    buckets,
-    plan_moves,
+    plan_buckets,
     vllm_blocks,
     vllm_parameters,
     vllm_shape,
@@ -79,7 +78,7 @@ class StubWork:
 
 def recorded(layout, vllm, architecture, bucket_numel):
     """{member: its calls} of a whole update, on tensors without memory."""
-    plan = list(buckets(plan_moves(architecture, layout, vllm), bucket_numel))
+    plan = plan_buckets(architecture, layout, vllm, bucket_numel)
     of_rank, of_worker = (defaultdict(lambda: [[] for _ in plan]) for _ in range(2))
     for index, bucket in enumerate(plan):
         for move in bucket:
