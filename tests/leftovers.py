@@ -62,8 +62,7 @@ def _present(processes: bool) -> dict[object, object]:
 
 def _left(before: dict, processes: bool) -> dict:
     after = {key: found for key, found in _present(processes).items() if key not in before}
-    # Another worker of the same test session shares only /dev/shm; what it has open is its own.
-    return {key: found for key, found in after.items() if not (isinstance(found, Path) and _is_others(found))}
+    return {key: found for key, found in after.items() if not (isinstance(found, Path) and _is_in_use(found))}
 
 
 def _children() -> Iterator[psutil.Process]:
@@ -94,10 +93,10 @@ def _gloo_threads() -> list[str]:
     return found
 
 
-def _is_others(path: Path) -> bool:
+def _is_in_use(path: Path) -> bool:
+    """Shared memory that a process has, another worker's of this session perhaps, or this one's: it ends with that."""
     if path.parent != _SHARED_MEMORY:
         return False
-    own = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
     try:
         # A semaphore was mapped under another name than it has now.
         inode = path.stat().st_ino
@@ -105,7 +104,7 @@ def _is_others(path: Path) -> bool:
         return False
     for pid in psutil.pids():
         with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{pid}/maps").read_text().splitlines() if pid not in own else []
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
             if any(f" {inode} " in line and str(_SHARED_MEMORY) in line for line in lines):
                 return True
     return False

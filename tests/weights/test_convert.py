@@ -288,9 +288,9 @@ def test_files_cut_short_or_missing_are_named(model, megatron, tmp_path, capsys)
     "change, expected",
     [
         ({"intermediate_size": 128}, ["linear_fc1.weight", "[4, 192, 64]", "[4, 256, 64]"]),
-        ({"num_hidden_layers": 5}, ["layer_norm_weight", "[4, 64]", "[5, 64]"]),
+        ({"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5}, ["layer_norm_weight", "[4, 64]", "[5, 64]"]),
         ({"tie_word_embeddings": True}, ["output_layer.weight", "not part of the model"]),
-        ({"architectures": ["Qwen2ForCausalLM"]}, ["linear_qkv.bias", "is missing"]),
+        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, ["linear_qkv.bias", "is missing"]),
     ],
     ids=["misshapen", "layers", "extra", "missing"],
 )
