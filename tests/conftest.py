@@ -1,13 +1,18 @@
-"""Before anything imports Triton: without a GPU its kernels, and its own library of them, run in its interpreter."""
+"""What holds for all tests: quiet threads, Triton's interpreter, nothing left behind, the longest files first."""
 
 import importlib
 import os
 import shutil
 
 import pytest
-import torch
+
+# Of all that tests start, too: threads that spin while they wait for one another crawl where several tests share cores.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
+    # Before anything imports Triton: its kernels, and its own library of them, run in its interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
     importlib.import_module("megatron_dgpo.statistics.fused")
     # Not for the servers that tests start.
@@ -16,6 +21,10 @@ if not torch.cuda.is_available():
 from tests.leftovers import nothing_left, own_temporary_folder  # noqa: E402
 
 _TEMPORARY = own_temporary_folder()
+
+# First, the longest at the head: a worker that begins one of these files last would be alone with it. They mostly wait,
+# for SLURM and for servers and ranks that start, while another worker computes.
+_LONG = ("slurm/test_jobs", "test_train", "test_resume", "rollout/test_shards", "statistics/test_vocab_parallel")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,6 +38,13 @@ def module_leaves_nothing():
 def test_leaves_nothing(module_leaves_nothing):
     with nothing_left(processes=False):
         yield
+
+
+def pytest_collection_modifyitems(items):
+    def place(item) -> int:
+        return next((i for i, name in enumerate(_LONG) if item.nodeid.startswith(f"tests/{name}.py")), len(_LONG))
+
+    items.sort(key=place)
 
 
 def pytest_sessionfinish(session, exitstatus):
