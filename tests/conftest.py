@@ -1,6 +1,7 @@
 """What holds for all tests: quiet threads, Triton's interpreter, nothing left behind, the longest files first."""
 
 import importlib
+import multiprocessing.util
 import os
 import shutil
 
@@ -49,6 +50,8 @@ def pytest_collection_modifyitems(items):
 
 def pytest_sessionfinish(session, exitstatus):
     if exitstatus == 0:
+        # Its own folder among them, which it would look for later.
+        multiprocessing.util._run_finalizers()
         shutil.rmtree(_TEMPORARY, ignore_errors=True)
 
 

@@ -11,8 +11,11 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import matplotlib.pyplot  # noqa: E402, F401
 import pytest  # noqa: E402, F401
-import transformers  # noqa: E402, F401
+import torch.utils.tensorboard  # noqa: E402, F401
+from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402, F401
 
+import megatron_dgpo.sft  # noqa: E402, F401
 import megatron_dgpo.statistics.fused  # noqa: E402, F401
 import megatron_dgpo.trainer  # noqa: E402, F401

@@ -20,6 +20,9 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from urllib.parse import urlsplit
+
+from megatron_dgpo.rollout.server import free_port
 
 _START = multiprocessing.get_context("forkserver")
 _START.set_forkserver_preload(["tests.rank_preload"])
@@ -27,9 +30,10 @@ _START.set_forkserver_preload(["tests.rank_preload"])
 _GRACE_S = 5
 
 
-def run_ranks(function: Callable, world_size: int, *args, timeout_s: float = 240) -> list:
+def run_ranks(function: Callable, world_size: int, *args, timeout_s: float = 240, joined: bool = True) -> list:
+    """joined: they are a gloo world already; otherwise their environment says, as a launcher's would, how to be one."""
     with tempfile.TemporaryDirectory() as folder:
-        rendezvous = os.path.join(folder, "rendezvous")
+        rendezvous = f"file://{folder}/rendezvous" if joined else f"tcp://127.0.0.1:{free_port()}"
         ranks: list = []
         connections: list[Connection] = []
         try:
@@ -100,7 +104,11 @@ def _run(task: bytes, rank: int, world_size: int, rendezvous: str):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     function, args = pickle.loads(task)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
-    )
+    address = urlsplit(rendezvous)
+    if address.scheme == "tcp":
+        os.environ.update(MASTER_ADDR=address.hostname, MASTER_PORT=str(address.port))
+    else:
+        dist.init_process_group(
+            "gloo", init_method=rendezvous, rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+        )
     return function(*args)
