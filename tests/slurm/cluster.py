@@ -64,6 +64,8 @@ class Slurm:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
+        # Where SLURM kills a whole step at once, nobody is left to remove its temporary files.
+        self.environment["TMPDIR"] = str(folder)
         self._daemons: list[process.Child] = []
         self._write_config()
         self._start("munged", "--foreground", "--force", *self._munge_files())
