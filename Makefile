@@ -19,10 +19,9 @@ $(INSTALLED): requirements/cpu.txt pyproject.toml setup.py
 demo: $(INSTALLED)
 	$(VENV)/bin/python examples/arithmetic/demo.py
 
-# Three workers on two cores: some of the tests wait for others' programs. A file's tests stay together, for the servers
-# that they share.
+# A file's tests stay with one worker, for the servers that they share.
 test: $(INSTALLED) slurm
-	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 20
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 # tests/slurm runs jobs in a real SLURM, whose daemons it starts itself. Without root or apt those tests are skipped, and
 # say so; in CI they fail.

@@ -162,9 +162,10 @@ def start_training(folder, name, **rollout):
     command = [sys.executable, "-m", "megatron_dgpo.cli", "train", str(config), f"run.dir={run}", "run.steps=1000"]
     process = subprocess.Popen(command, cwd=run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     metrics = run / "metrics" / "train.jsonl"
-    deadline = time.monotonic() + 180
+    # A busy machine takes five times as long as an idle one.
+    deadline = time.monotonic() + 400
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
-        assert process.poll() is None and time.monotonic() < deadline, "training did not begin within 180 s"
+        assert process.poll() is None and time.monotonic() < deadline, "training did not begin within 400 s"
         time.sleep(0.1)
     return process, run
 
