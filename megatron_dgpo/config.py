@@ -218,7 +218,7 @@ class Rollout(Section):
     """Folder of recorded responses to train on instead of sampling; no server is used."""
     canary_tolerance: PositiveFloat | None = None
     """Mean |trainer - server| log-prob of the server's greedy text that stops training; null: 1e-3 in float32,
-    otherwise 0.5 at the first update, and then 3 times what it was there, or 0.1."""
+    otherwise 0.2 at the first update, and then 3 times what it was there, or 0.1."""
 
 
 class Data(Section):

@@ -12,8 +12,9 @@ _NEW_TOKENS = 24
 _EXACT = 1e-3
 # bfloat16 against float32, random models of 24 layers with logits of standard deviation 3, 6 and 12: the mean gap is
 # 0.022, 0.031 and 0.040 on greedy text, and 0.040, 0.087 and 0.190 on random tokens, whose log-probs are about as large
-# as the logits. Trainer and server both round, each in its own order.
-_FIRST, _LEAST, _GROWTH = 0.5, 0.1, 3.0
+# as the logits. Trainer and server both round, each in its own order. One matrix of the 24 layers with the wrong sign
+# gives 0.46, misplaced heads 8.
+_FIRST, _LEAST, _GROWTH = 0.2, 0.1, 3.0
 
 
 class Canary:
