@@ -48,7 +48,7 @@ def nearly(draw, document: dict, extra: tuple[str, ...] = ()) -> bytes:
             changed = json.loads(text)
         except (ValueError, RecursionError):
             break
-        paths = [*_paths(changed), *((key,) for key in extra)]
+        paths = [*_paths(changed), *((key,) for key in extra if isinstance(changed, dict))]
         text = _changed(changed, draw(st.sampled_from(paths)), draw)
     content = text.encode()
     if draw(st.integers(0, 9)) == 0:
