@@ -15,7 +15,7 @@ from megatron_dgpo.algorithm.objective import policy_objective, token_credit
 from megatron_dgpo.batch import Batch
 from megatron_dgpo.config import Config
 from megatron_dgpo.model.layer_specs import uses_transformer_engine
-from megatron_dgpo.model.parallel import broadcast_from_last_stage, destroy_parallel
+from megatron_dgpo.model.parallel import broadcast_from_last_stage
 from megatron_dgpo.model.reference import Reference
 from megatron_dgpo.session import Session
 from megatron_dgpo.statistics import token_statistics
@@ -86,7 +86,7 @@ def _config(folder: Path, policy: Path, reference: Path, layer_spec: str, dtype:
 def _session(config: Config):
     with Session(config, "sft") as session:
         # For the next one of this process.
-        session.callback(destroy_parallel)
+        session.callback(parallel_state.destroy_model_parallel)
         yield session
 
 
