@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -423,7 +424,10 @@ def test_fp8_runs_in_vllm(model, fp8):
     """
     script = fp8.parent / "serve.py"
     script.write_text(code)
-    result = subprocess.run([sys.executable, script, fp8], capture_output=True, text=True, timeout=300)
+    # vLLM leaves sockets and a file there.
+    with tempfile.TemporaryDirectory() as folder:
+        environment, command = os.environ | {"TMPDIR": folder}, [sys.executable, script, fp8]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     (line,) = (line for line in result.stdout.splitlines() if line.startswith("RESULT")) or [result.stderr]
     found = torch.tensor(json.loads(line.removeprefix("RESULT")))
     from transformers import AutoModelForCausalLM
