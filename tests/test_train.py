@@ -189,7 +189,8 @@ def test_a_stopped_run_leaves_no_server_and_no_shared_memory(folder, monkeypatch
     monkeypatch.setenv("PYTHONPATH", str(folder))
     shared_memory = set(Path("/dev/shm").iterdir())
     process, run = start_training(folder, number.name, tensor=2)
-    assert len(processes(run)) >= 5 and set(Path("/dev/shm").iterdir()) > shared_memory
+    # Another worker of the tests takes and leaves some, too.
+    assert len(processes(run)) >= 5 and set(Path("/dev/shm").iterdir()) - shared_memory
     process.send_signal(number)
     process.communicate(timeout=60)
     wait_until_gone(run)
