@@ -62,7 +62,7 @@ def _present(processes: bool) -> dict[object, object]:
 
 def _left(before: dict, processes: bool) -> dict:
     after = {key: found for key, found in _present(processes).items() if key not in before}
-    return {key: found for key, found in after.items() if not (isinstance(found, Path) and is_in_use(found))}
+    return {key: found for key, found in after.items() if not (isinstance(found, Path) and _is_in_use(found))}
 
 
 def _children() -> Iterator[psutil.Process]:
@@ -93,7 +93,17 @@ def _gloo_threads() -> list[str]:
     return found
 
 
-def is_in_use(path: Path) -> bool:
+def left_in_shared_memory(before: set[Path]) -> list[Path]:
+    """What has come since, is still there after a moment, and belongs to no process."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while left := [path for path in set(_SHARED_MEMORY.iterdir()) - before if not _is_in_use(path) and path.exists()]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    return left
+
+
+def _is_in_use(path: Path) -> bool:
     """Shared memory that a process has, another worker's of this session perhaps, or this one's: it ends with that."""
     if path.parent != _SHARED_MEMORY:
         return False

@@ -19,7 +19,7 @@ from megatron_dgpo.metrics import read_metrics
 from megatron_dgpo.stop import STOPPED
 from tests.commands import run_on_ranks
 from tests.layouts import LAYOUTS
-from tests.leftovers import is_in_use
+from tests.leftovers import left_in_shared_memory
 from tools.tiny_models import make_tiny_model
 
 STEPS = 4
@@ -221,7 +221,7 @@ def test_interrupted_run_leaves_nothing(recorded, tmp_path, number):
     assert process.returncode == 128 + number
     assert f"stopped by {number.name}" in errors
     wait_until_gone(tmp_path)
-    assert all(map(is_in_use, set(Path("/dev/shm").iterdir()) - shared_memory))
+    assert left_in_shared_memory(shared_memory) == []
 
 
 def test_non_finite_steps_are_skipped_and_then_stop_the_run(recorded, tmp_path):

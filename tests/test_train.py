@@ -20,7 +20,7 @@ from megatron_dgpo.metrics import read_metrics
 from megatron_dgpo.rollout import guard, server
 from megatron_dgpo.weights.convert import Job, convert
 from tests.commands import run_on_ranks
-from tests.leftovers import is_in_use
+from tests.leftovers import left_in_shared_memory
 from tests.test_resume import processes, wait_until_gone
 from tools.tiny_models import make_tiny_model
 
@@ -194,4 +194,4 @@ def test_a_stopped_run_leaves_no_server_and_no_shared_memory(folder, monkeypatch
     process.send_signal(number)
     process.communicate(timeout=60)
     wait_until_gone(run)
-    assert all(map(is_in_use, set(Path("/dev/shm").iterdir()) - shared_memory))
+    assert left_in_shared_memory(shared_memory) == []
