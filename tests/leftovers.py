@@ -62,7 +62,7 @@ def _present(processes: bool) -> dict[object, object]:
 
 def _left(before: dict, processes: bool) -> dict:
     after = {key: found for key, found in _present(processes).items() if key not in before}
-    return {key: found for key, found in after.items() if not (isinstance(found, Path) and _is_in_use(found))}
+    return {key: found for key, found in after.items() if not (isinstance(found, Path) and _is_anothers(found))}
 
 
 def _children() -> Iterator[psutil.Process]:
@@ -96,28 +96,28 @@ def _gloo_threads() -> list[str]:
 def left_in_shared_memory(before: set[Path]) -> list[Path]:
     """What has come since, is still there after a moment, and belongs to no process."""
     deadline = time.monotonic() + _PATIENCE_S
-    while left := [path for path in set(_SHARED_MEMORY.iterdir()) - before if not _is_in_use(path) and path.exists()]:
+    while left := [path for path in set(_SHARED_MEMORY.iterdir()) - before if not _is_anothers(path)]:
         if time.monotonic() > deadline:
             break
         time.sleep(0.1)
     return left
 
 
-def _is_in_use(path: Path) -> bool:
-    """Shared memory that a process has, another worker's of this session perhaps, or this one's: it ends with that."""
-    if path.parent != _SHARED_MEMORY:
-        return False
-    try:
-        # A semaphore was mapped under another name than it has now.
-        inode = path.stat().st_ino
-    except FileNotFoundError:
-        return False
-    for pid in psutil.pids():
-        with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-            if any(f" {inode} " in line and str(_SHARED_MEMORY) in line for line in lines):
-                return True
-    return False
+def _is_anothers(path: Path) -> bool:
+    """Gone by now, or shared memory that a process has, another worker's of this session perhaps: it ends with that."""
+    if path.parent == _SHARED_MEMORY:
+        try:
+            # A semaphore was mapped under another name than it has now.
+            inode = path.stat().st_ino
+        except FileNotFoundError:
+            return True
+        for pid in psutil.pids():
+            with contextlib.suppress(OSError):
+                lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+                if any(f" {inode} " in line and str(_SHARED_MEMORY) in line for line in lines):
+                    return True
+    # Looking at all processes takes its time.
+    return not os.path.lexists(path)
 
 
 def _described(item: tuple[tuple, object]) -> str:

@@ -37,7 +37,8 @@ from megatron_dgpo.weights.directory import (
     bytes_of,
     copy_small_files,
 )
-from megatron_dgpo.weights.distributed import DistributedCheckpoint, DistributedWriter, dtype_name, is_distributed
+from megatron_dgpo.weights.distributed import DistributedCheckpoint, DistributedWriter, dtype_name
+from megatron_dgpo.weights.formats import is_distributed
 
 # PyTorch's writer holds all tensors of a distributed file until it is closed, so these are small.
 _DISTRIBUTED_FILE_BYTES = 256 * 10**6

@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_dgpo.errors import UsageError, shown
+from megatron_dgpo.weights.formats import METADATA
 
-METADATA = ".metadata"
 # PyTorch's own switch, read by every torch.load.
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.json_file import read_object
 from megatron_dgpo.weights.architectures import Architecture
-from megatron_dgpo.weights.distributed import METADATA
-from megatron_dgpo.weights.load import INDEX, SINGLE, check_tensors, opened, tensor_files
+from megatron_dgpo.weights.formats import INDEX, METADATA, SINGLE
+from megatron_dgpo.weights.load import check_tensors, opened, tensor_files
 
 # Hugging Face's own limit for one safetensors file.
 FILE_BYTES = 5 * 10**9

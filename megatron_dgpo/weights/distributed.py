@@ -39,15 +39,12 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_dgpo.errors import UsageError, shown
 from megatron_dgpo.weights.architectures import Architecture
-from megatron_dgpo.weights.dcp_metadata import METADATA, read_metadata
+from megatron_dgpo.weights.dcp_metadata import read_metadata
+from megatron_dgpo.weights.formats import METADATA
 from megatron_dgpo.weights.slices import shard_slices
 
 _FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
-
-
-def is_distributed(path: Path) -> bool:
-    return (path / METADATA).is_file()
 
 
 def full_shape(architecture: Architecture, name: str) -> tuple[int, ...]:

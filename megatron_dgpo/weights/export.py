@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from megatron_dgpo.weights.architectures import Architecture, expert_of
 from megatron_dgpo.weights.directory import FILE_BYTES, copy_small_files
-from megatron_dgpo.weights.distributed import is_distributed
-from megatron_dgpo.weights.load import INDEX, SINGLE, named_shards, tensor_files
+from megatron_dgpo.weights.formats import INDEX, SINGLE, is_distributed
+from megatron_dgpo.weights.load import named_shards, tensor_files
 from megatron_dgpo.weights.slices import shard_slices
 
 

@@ -15,11 +15,9 @@ from safetensors import SafetensorError, safe_open
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.json_file import Content, checked, read_object
 from megatron_dgpo.weights.architectures import Architecture
-from megatron_dgpo.weights.distributed import DistributedCheckpoint, is_distributed
+from megatron_dgpo.weights.formats import INDEX, SINGLE, is_distributed
 from megatron_dgpo.weights.slices import shard_slices
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _COMPARED_NUMBERS = 2**24
@@ -78,6 +76,8 @@ def load_weights(
 
 
 def _load_distributed(chunks, architecture: Architecture, model_dir: Path, tp_rank: int, tp_size: int) -> None:
+    from megatron_dgpo.weights.distributed import DistributedCheckpoint
+
     checkpoint = DistributedCheckpoint(model_dir, architecture)
     for name, parameter in named_shards(chunks):
         parameter.zero_()
@@ -114,6 +114,9 @@ def check_weights(architecture: Architecture, model_dir: Path) -> None:
     Reads headers only, but for the head of a model with tied embeddings that has one.
     """
     if is_distributed(model_dir):
+        # A second of imports, which the checks before a start would pay for every other model.
+        from megatron_dgpo.weights.distributed import DistributedCheckpoint
+
         DistributedCheckpoint(model_dir, architecture)
     else:
         check_tensors(architecture, model_dir)

@@ -17,7 +17,8 @@ from megatron_dgpo.weights.architectures import FAMILIES, check_layout, read_arc
 from megatron_dgpo.weights.convert import Job, convert
 from megatron_dgpo.weights.directory import HfDirectory
 from megatron_dgpo.weights.distributed import DistributedCheckpoint
-from megatron_dgpo.weights.load import INDEX, SINGLE, check_weights
+from megatron_dgpo.weights.formats import INDEX, SINGLE
+from megatron_dgpo.weights.load import check_weights
 from tests.fuzz import fuzz
 from tests.fuzz.json_text import nearly
 from tools.bench_convert import generate

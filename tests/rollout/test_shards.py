@@ -73,8 +73,8 @@ def running_server(folder, family, tensor):
 def push(folder, model, tensor, parallel, addresses, version, kill=None, in_place=False):
     """On every trainer rank: load `model` and send it; which tensors differ then, and how many were compared.
 
-    kill: process group to end when the last rank has sent some of its buckets; 0 is that rank itself, which only fails
-    for FAIL.
+    kill: process to end when the last rank has sent some of its buckets; 0 is that rank itself, which only fails for
+    FAIL.
     """
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -110,7 +110,7 @@ def push(folder, model, tensor, parallel, addresses, version, kill=None, in_plac
             if len(made) == 12:
                 if kill == FAIL:
                     raise RuntimeError("injected")
-                os.killpg(kill, signal.SIGKILL) if kill else os._exit(9)
+                os.kill(kill, signal.SIGKILL) if kill else os._exit(9)
             return make_piece(move)
 
         sync._piece = piece
@@ -208,7 +208,9 @@ def test_a_server_that_dies_in_an_update_is_an_error_on_every_rank(live):
     engines, folder, family, tensor, children = live
     start = time.monotonic()
     with pytest.raises(AssertionError) as failure:
-        group = children[0].process.pid
-        run_ranks(push, 2, folder, folder / "model", tensor, {"tensor": 2}, engines.addresses, 60, group)
+        # Its workers end with it, and its resource tracker, which frees shared memory, after them.
+        run_ranks(
+            push, 2, folder, folder / "model", tensor, {"tensor": 2}, engines.addresses, 60, children[0].process.pid
+        )
     assert time.monotonic() - start < 30
     assert str(failure.value).count("StaleWeightsError: the weight update broke off") == 2

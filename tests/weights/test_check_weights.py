@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.convert import Job, convert
-from megatron_dgpo.weights.load import INDEX, check_weights
+from megatron_dgpo.weights.formats import INDEX
+from megatron_dgpo.weights.load import check_weights
 from tests.test_cli import Case
 from tools.tiny_models import make_tiny_model, make_tokenizer
 

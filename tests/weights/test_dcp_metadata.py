@@ -12,7 +12,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.convert import Job, convert
-from megatron_dgpo.weights.dcp_metadata import METADATA, read_metadata
+from megatron_dgpo.weights.dcp_metadata import read_metadata
+from megatron_dgpo.weights.formats import METADATA
 from megatron_dgpo.weights.load import check_weights
 from tests.layouts import make_config
 from tests.ranks import run_ranks
