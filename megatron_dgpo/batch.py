@@ -17,13 +17,18 @@ class Batch:
     sampled the tokens reported for them, 0 off the mask. All on one device, identical on every
     model-parallel rank of a data-parallel replica.
 
-    Packed view: the response tokens of the batch in row order; N = sum of response lengths.
+    Packed view: the response tokens of the batch in row order; N = sum of response lengths. What becomes known of a
+    micro-batch before the update travels with it, packed, on the last pipeline stage alone: reference_states [N, H]
+    (`Reference.attach`), and old_logprobs and credit, [N] float32 each (`Objective.freeze`).
     """
 
     tokens: torch.Tensor
     response_mask: torch.Tensor
     advantages: torch.Tensor
     sampling_logprobs: torch.Tensor
+    reference_states: torch.Tensor | None = None
+    old_logprobs: torch.Tensor | None = None
+    credit: torch.Tensor | None = None
 
     @classmethod
     def from_sequences(
@@ -66,7 +71,7 @@ class Batch:
         )
 
     def split(self, size: int) -> list[Batch]:
-        """Consecutive batches of `size` rows; the last may be smaller."""
+        """Consecutive batches of `size` rows, without what is known of this one's; the last may be smaller."""
         return [self[start : start + size] for start in range(0, len(self), size)]
 
     @property

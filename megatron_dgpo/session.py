@@ -218,7 +218,7 @@ class Session(contextlib.ExitStack):
         """The policy's log-probs of the texts' tokens, at temperature 1."""
         batch = self.make_batch(prompts, texts)
 
-        def logprobs(batch, index, hidden_states, head_weight):
+        def logprobs(batch, hidden_states, head_weight):
             return token_statistics(
                 hidden_states,
                 head_weight,

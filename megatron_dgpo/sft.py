@@ -9,6 +9,7 @@ from megatron_dgpo import stop
 from megatron_dgpo.config import Config
 from megatron_dgpo.data import PromptOrder, load_solutions
 from megatron_dgpo.manifest import Progress
+from megatron_dgpo.model.policy import LossFunction
 from megatron_dgpo.session import Session
 from megatron_dgpo.statistics import token_statistics
 
@@ -21,7 +22,7 @@ def sft(config: Config) -> bool:
     with Session(config, "sft", config.sft.steps) as session:
         solutions = load_solutions(config, session.tokenizer)
         order = PromptOrder(len(solutions), config.run.seed, config.data.shuffle)
-        loss = _mean_negative_logprob(session.architecture.vocab_size)
+        loss = mean_negative_logprob(session.architecture.vocab_size)
         progress = session.restore()
         session.log.start(progress.step, config.sft.steps)
         stopped = stop.asked()
@@ -50,8 +51,10 @@ def sft(config: Config) -> bool:
         return not stopped
 
 
-def _mean_negative_logprob(vocab_size: int):
-    def loss(batch, index, hidden_states, head_weight):
+def mean_negative_logprob(vocab_size: int) -> LossFunction:
+    """Of the response tokens, without a temperature. One all-gather over the tensor-parallel ranks a call."""
+
+    def loss(batch, hidden_states, head_weight):
         statistics = token_statistics(
             hidden_states,
             head_weight,

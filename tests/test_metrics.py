@@ -213,26 +213,24 @@ def test_sums_and_largest_values_over_replicas():
 
 def test_sums_and_largest_values_over_optimizer_steps():
     from megatron_dgpo.model.policy import StepResult
-    from megatron_dgpo.trainer import _totals
+    from megatron_dgpo.step_metrics import totals
 
     steps = [{"tokens": 3.0, "largest_logprob_gap": gap} for gap in (0.5, 2.0, 1.0)]
     results = [StepResult(metrics, 1.0, 1e-6, False) for metrics in steps]
-    assert _totals(results) == {"tokens": 9.0, "largest_logprob_gap": 2.0}
+    assert totals(results) == {"tokens": 9.0, "largest_logprob_gap": 2.0}
 
 
 def test_a_sampler_with_another_policy_is_said_once(tmp_path, capfd):
-    from types import SimpleNamespace
-
-    from megatron_dgpo.trainer import Updates, _policy_metrics
+    from megatron_dgpo.step_metrics import Warnings, policy_metrics
 
     sums = dict.fromkeys(("effective_share", "max_weight", "top1_share", "top10_share", "entropy"), 0.0)
     sums |= {"tokens": 10.0, "responses": 2.0, "loss": 0.0, "normaliser": 10.0, "rollout_kl": 0.04}
     with MetricsLog(tmp_path, "train", visible=True) as log:
         log.start(0, 3)
-        updates = Updates(SimpleNamespace(policy=None, config=None, log=log), None)
+        warnings = Warnings(log)
         for gap in (0.3, 0.7, 0.9):
-            metrics = _policy_metrics(sums | {"logprob_gap": gap, "largest_logprob_gap": 2.0})
-            updates._warn_of_other_sampler(metrics)
+            metrics = policy_metrics(sums | {"logprob_gap": gap, "largest_logprob_gap": 2.0})
+            warnings.look(metrics)
     assert metrics["policy/rollout_kl"] == pytest.approx(0.004)
     assert metrics["policy/rollout_ratio_max"] == pytest.approx(math.exp(2))
     printed = capfd.readouterr().out

@@ -1,7 +1,6 @@
 """A full DGPO step in every layout equals the dense float64 oracle: loss, every token's weight, all gradients."""
 
-from types import SimpleNamespace
-from unittest import mock
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,13 +48,13 @@ def models(tmp_path_factory):
 
 
 def megatron_step(policy_dir, reference_dir, sampling_dir, parallel, algorithm, old_logprobs):
-    """(loss, {row: weights}, this rank's part of all gradients by Hugging Face name), through the trainer's own code.
+    """(loss, {row: weights}, this rank's part of all gradients by Hugging Face name).
 
     sampling_dir: the policy that sampled, where it is not the current one. old_logprobs: its, otherwise made up.
     """
     from megatron.core import parallel_state
 
-    from megatron_dgpo import trainer
+    from megatron_dgpo.algorithm.objective import Objective
     from megatron_dgpo.batch import Batch
     from megatron_dgpo.model.device import init_device
     from megatron_dgpo.model.parallel import initialize_parallel
@@ -89,27 +88,24 @@ def megatron_step(policy_dir, reference_dir, sampling_dir, parallel, algorithm, 
         [old_logprobs[i] for i in mine] if old_logprobs else None,
         multiple_of=config.parallel.tensor,
     )
-    micro_batches = batch.split(2)
-    states = reference.hidden_states(micro_batches)
-    updates = trainer.Updates(SimpleNamespace(policy=policy, config=config, architecture=architecture), reference)
-    sampling = [(part.packed_sampling_logprobs, None) for part in micro_batches] if old_logprobs else []
+    micro_batches = reference.attach(batch.split(2))
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    objective = Objective(config, architecture.vocab_size, reference.head_weight, tp_group)
+    if old_logprobs:
+        micro_batches = [replace(part, old_logprobs=part.packed_sampling_logprobs) for part in micro_batches]
     if sampling_dir:
         load_weights(policy.modules, architecture, sampling_dir, *rank)
-        sampling = policy.forward(micro_batches, updates._sampling_policy(states))
+        micro_batches = objective.freeze(policy.forward, micro_batches)
     load_weights(policy.modules, architecture, policy_dir, *rank)
     policy.reload_master_weights()
-    weights = {}
 
-    def objective(statistics, batch, w, *rest):
-        first = next(2 * i for i, part in enumerate(micro_batches) if part is batch)
-        for row, part in enumerate(w.split(batch.cu_seqlens.diff().tolist())):
-            weights[mine[first + row]] = part
-        return policy_objective(statistics, batch, w, *rest)
+    def credit(part, hidden_states, head_weight):
+        return objective.signal(part, hidden_states, head_weight).credit.split(part.cu_seqlens.diff().tolist())
 
-    policy_objective = trainer.policy_objective
-    with mock.patch.object(trainer, "policy_objective", objective):
-        loss = updates._loss(states, sampling)
-        result = policy.step(micro_batches, loss)
+    found = [row for part in policy.forward(micro_batches, credit) for row in part]
+    # On the last pipeline stage alone.
+    weights = dict(zip(mine, found, strict=True)) if found else {}
+    result = policy.step(micro_batches, objective)
     # After the step the buffers still hold the reduced gradients: read them out as if they were weights.
     for module in policy.modules:
         for parameter in module.parameters():

@@ -16,7 +16,6 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from megatron_dgpo.algorithm.objective import policy_objective
+from megatron_dgpo.algorithm.objective import Objective, policy_objective
 from megatron_dgpo.batch import Batch
 from megatron_dgpo.config import Config
 from megatron_dgpo.model.device import init_device
@@ -32,7 +31,6 @@ from megatron_dgpo.model.parallel import initialize_parallel
 from megatron_dgpo.model.policy import Policy
 from megatron_dgpo.model.reference import Reference
 from megatron_dgpo.statistics import token_statistics
-from megatron_dgpo.trainer import Updates
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.load import load_weights
 
@@ -77,11 +75,11 @@ def reference_logprobs(hidden: torch.Tensor, head: torch.Tensor, targets: torch.
     return (hidden * head[targets]).sum(-1).float() - lse
 
 
-def grpo_loss(updates: Updates, states: list[torch.Tensor], reference: Reference, config: Config, vocab_size: int):
-    def loss(batch, index, hidden_states, head_weight):
+def grpo_loss(reference: Reference, config: Config, vocab_size: int):
+    def loss(batch, hidden_states, head_weight):
         statistics = token_statistics(hidden_states, head_weight, batch.targets, temperature=1.0, vocab_size=vocab_size)
         with torch.no_grad():
-            reference_logprobs(states[index], reference.head_weight, batch.targets)
+            reference_logprobs(batch.reference_states, reference.head_weight, batch.targets)
         weights = torch.ones_like(statistics.logprobs)
         return policy_objective(statistics, batch, weights, statistics.logprobs.detach(), config.algorithm)
 
@@ -112,16 +110,17 @@ def measure(name: str, case: Case, folder: Path, rounds: int) -> dict:
         torch.randn(case.responses).tolist(),
     ).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     micro_batches = batch.split(case.micro_batch)
-    updates = Updates(SimpleNamespace(policy=policy, config=config, architecture=architecture), reference)
+    losses = {
+        True: Objective(config, architecture.vocab_size, reference.head_weight, tp_group=None),
+        False: grpo_loss(reference, config, vocabulary),
+    }
 
     def step(dgpo: bool) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         start = time.perf_counter()
-        states = reference.hidden_states(micro_batches)
-        grpo = grpo_loss(updates, states, reference, config, vocabulary)
         # step() ends by reading the metrics: nothing is left in flight.
-        policy.step(micro_batches, updates._loss(states, []) if dgpo else grpo)
+        policy.step(reference.attach(micro_batches), losses[dgpo])
         return time.perf_counter() - start
 
     times: dict[bool, list[float]] = {True: [], False: []}

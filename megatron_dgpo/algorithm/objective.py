@@ -1,17 +1,93 @@
-"""What one micro-batch adds to the objective: credit weights, PPO-clip and their metrics."""
+"""The loss: from a micro-batch's hidden states to what it adds to the objective, and to what is known of its tokens."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
+import torch.distributed as dist
 
 from megatron_dgpo.algorithm.credit import credit_concentration, credit_weights, gated_scores
 from megatron_dgpo.algorithm.policy_loss import aggregate, ppo_clip
 from megatron_dgpo.batch import Batch
-from megatron_dgpo.config import Algorithm
-from megatron_dgpo.statistics import TokenStatistics
+from megatron_dgpo.config import Algorithm, Config
+from megatron_dgpo.statistics import TokenStatistics, token_statistics
 
 LARGEST = "largest_"
 """Metrics of this prefix are merged by their maximum; all others are sums."""
+
+
+class Signal(NamedTuple):
+    """What decides the loss of a micro-batch's N response tokens, in their packed order."""
+
+    statistics: TokenStatistics
+    """Of the current policy, and with a reference of the distance to it."""
+    old_logprobs: torch.Tensor
+    """[N] float32, detached: of the policy before the first update."""
+    credit: torch.Tensor
+    """[N] float32, detached: the weights w, whose sum over a response is its length."""
+
+
+class Objective:
+    """DGPO's loss (arXiv 2605.03327, §3) of packed hidden states, for `Policy.step` and `Policy.forward`.
+
+    Its methods run on the last pipeline stage, and make one all-gather over the tensor-parallel ranks a call.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        vocab_size: int,
+        reference_head: torch.Tensor | None,
+        tp_group: dist.ProcessGroup | None,
+    ) -> None:
+        """reference_head: [V_padded / tp, H]; None where `algorithm.credit` asks for no reference."""
+        self._config, self._vocab_size = config, vocab_size
+        self._reference_head, self._tp_group = reference_head, tp_group
+
+    def __call__(
+        self, batch: Batch, hidden_states: torch.Tensor, head_weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """(loss sum, normaliser, metrics) of `policy_objective`.
+
+        hidden_states: [N, H]. head_weight: [V_padded / tp, H].
+        """
+        statistics, old_logprobs, credit = self.signal(batch, hidden_states, head_weight)
+        return policy_objective(statistics, batch, credit, old_logprobs, self._config.algorithm)
+
+    def signal(self, batch: Batch, hidden_states: torch.Tensor, head_weight: torch.Tensor) -> Signal:
+        """What the loss is made of; what the micro-batch does not know of itself is the current policy's."""
+        statistics = token_statistics(
+            hidden_states,
+            head_weight,
+            batch.targets,
+            temperature=self._config.rollout.temperature,
+            vocab_size=self._vocab_size,
+            tp_group=self._tp_group,
+            reference_hidden_states=batch.reference_states,
+            reference_head_weight=self._reference_head,
+            check_finite=self._config.run.check_finite,
+        )
+        credit = batch.credit
+        if credit is None or self._config.algorithm.scored_by == "current":
+            credit = token_credit(statistics, batch.cu_seqlens, self._vocab_size, self._config.algorithm)
+        old_logprobs = statistics.logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+        return Signal(statistics, old_logprobs, credit)
+
+    def freeze(self, forward: Callable, micro_batches: list[Batch]) -> list[Batch]:
+        """The same with log-probs and credit of the policy as it is now, for several updates on them.
+
+        forward: `Policy.forward`, whose collectives these are. Elsewhere than on the last stage nothing is added.
+        """
+
+        def now(batch: Batch, hidden_states: torch.Tensor, head_weight: torch.Tensor) -> dict[str, torch.Tensor]:
+            statistics, _, credit = self.signal(batch, hidden_states, head_weight)
+            return {"old_logprobs": statistics.logprobs, "credit": credit}
+
+        found = forward(micro_batches, now) or [{}] * len(micro_batches)
+        return [dataclasses.replace(batch, **known) for batch, known in zip(micro_batches, found, strict=True)]
 
 
 def token_credit(statistics: TokenStatistics, cu_seqlens: torch.Tensor, vocab_size: int, config: Algorithm):
@@ -72,7 +148,6 @@ def policy_objective(
             LARGEST + "logprob_gap": torch.cat([gap, gap.new_zeros(1)]).max(),
             # Of KL(μ ‖ π_old), unbiased and never negative: r − 1 − log r with r = π_old/μ.
             "rollout_kl": (difference.double().expm1() - difference.double()).sum(),
-            "advantage": advantages.abs().sum(),
             **{name: values.sum() for name, values in credit_concentration(weights, cu_seqlens).items()},
         }
         if statistics.hellinger2 is not None:

@@ -23,11 +23,9 @@ from megatron_dgpo.model.gpt import HiddenStatesModel, build_chunks, fuse_weight
 from megatron_dgpo.model.parallel import broadcast_from_last_stage, is_last_stage
 from megatron_dgpo.weights.architectures import Architecture
 
-# (micro-batch, its index, packed hidden states [N, H], head weight [V_padded / tp, H]) ->
+# (micro-batch, packed hidden states [N, H], head weight [V_padded / tp, H]) ->
 #   (loss sum, integer normaliser, metrics that add up over micro-batches and data-parallel ranks, or largest_ values)
-LossFunction = Callable[
-    [Batch, int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
-]
+LossFunction = Callable[[Batch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Policy:
 
     @torch.no_grad()
     def forward(self, batches: list[Batch], function: Callable) -> list:
-        """`function(batch, index, hidden states [N, H], head weight)` of every micro-batch, on the last stage.
+        """`function(micro-batch, hidden states [N, H], head weight)` of every micro-batch, on the last stage.
 
         Elsewhere an empty list. Keep results small: all stay alive until the last micro-batch is done.
         """
@@ -102,8 +100,8 @@ class Policy:
 
         collected: list[dict[str, torch.Tensor]] = []
 
-        def compute_loss(batch, index, hidden_states, head_weight):
-            loss, normaliser, metrics = loss_function(batch, index, hidden_states, head_weight)
+        def compute_loss(batch, hidden_states, head_weight):
+            loss, normaliser, metrics = loss_function(batch, hidden_states, head_weight)
             # Whether to skip is decided by the loss itself, whatever the function reports of it.
             collected.append({**metrics, "loss": loss.detach()})
             return loss, normaliser
@@ -175,11 +173,11 @@ def run_schedule(
     results: list = []
 
     def forward_step(iterator, chunk):
-        index, batch = next(iterator)
+        batch = next(iterator)
         hidden_states = chunk(batch.tokens, batch.position_ids, None)
 
         def compute(hidden_states):
-            value = function(batch, index, batch.pack_hidden_states(hidden_states), _head_weight(chunk))
+            value = function(batch, batch.pack_hidden_states(hidden_states), _head_weight(chunk))
             if backward:
                 loss, normaliser = value
                 return loss, normaliser.to(torch.int), {}
@@ -191,7 +189,7 @@ def run_schedule(
     rows, length = batches[0].tokens.shape
     get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[enumerate(batches) for _ in chunks] if len(chunks) > 1 else enumerate(batches),
+        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(batches),
         seq_length=length,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from megatron.core import parallel_state
 
@@ -35,20 +37,25 @@ class Reference:
             self._leave_device()
 
     @torch.no_grad()
-    def hidden_states(self, batches: list[Batch]) -> list[torch.Tensor]:
-        """[N, H] packed final hidden states of every micro-batch on the last stage; an empty list elsewhere.
+    def attach(self, micro_batches: list[Batch]) -> list[Batch]:
+        """The same with this model's final hidden states of their response tokens, on the last stage.
 
-        Collective over the replica. The caller keeps them for the step: 2·H bytes a token in bfloat16.
+        Collective over the replica. 2·H bytes a token in bfloat16, for as long as the micro-batches are kept.
         """
         self._reach_device()
-        states = run_schedule(self.modules, batches, lambda batch, index, hidden_states, head: hidden_states)
+        states = run_schedule(self.modules, micro_batches, lambda batch, hidden_states, head: hidden_states)
         self._leave_device(keep_head=True)
-        return states
+        # Elsewhere than on the last stage there are none.
+        return [
+            dataclasses.replace(batch, reference_states=found)
+            for batch, found in zip(micro_batches, states or [None] * len(micro_batches), strict=True)
+        ]
 
     @property
-    def head_weight(self) -> torch.Tensor:
-        """[V_padded / tp, H] on the device; only on the last stage. It stays there: the loss needs it."""
-        return self.modules[-1].head_weight
+    def head_weight(self) -> torch.Tensor | None:
+        """[V_padded / tp, H], None but on the last stage. From `attach` on it stays on the device, for the loss."""
+        last = self.modules[-1]
+        return last.head_weight if last.post_process else None
 
     def _reach_device(self) -> None:
         if self._on_host is not None:

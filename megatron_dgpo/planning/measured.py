@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 from megatron_dgpo.config import Config
 from megatron_dgpo.planning import calibration, step_time
@@ -202,11 +201,11 @@ def _step_seconds(point: Point, model: Path) -> float:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
+    from megatron_dgpo.algorithm.objective import Objective
     from megatron_dgpo.batch import Batch
     from megatron_dgpo.model.parallel import initialize_parallel
     from megatron_dgpo.model.policy import Policy
     from megatron_dgpo.model.reference import Reference
-    from megatron_dgpo.trainer import Updates
     from megatron_dgpo.weights.load import load_weights
 
     config = Config.model_validate(
@@ -229,16 +228,16 @@ def _step_seconds(point: Point, model: Path) -> float:
     batch = Batch.from_sequences(
         [row[:PROMPT_TOKENS] for row in rows], [row[PROMPT_TOKENS:] for row in rows], torch.randn(len(rows)).tolist()
     )
-    micro_batches = batch.split(1)
-    updates = Updates(SimpleNamespace(policy=policy, config=config, architecture=architecture), reference)
-    loss = updates._loss(reference.hidden_states(micro_batches), [])
+    micro_batches = reference.attach(batch.split(1))
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    objective = Objective(config, architecture.vocab_size, reference.head_weight, tp_group)
     times = []
     # The first has Megatron's set-up in it.
     for _ in range(1 + _STEPS):
         dist.barrier()
         start = time.perf_counter()
         # It ends by reading the metrics on every rank: nothing is left in flight.
-        policy.step(micro_batches, loss)
+        policy.step(micro_batches, objective)
         times.append(time.perf_counter() - start)
     return min(times[1:])
 

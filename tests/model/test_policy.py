@@ -21,7 +21,7 @@ def build(model_dir, parallel, optimizer=None, **model):
     from megatron_dgpo.model.device import init_device
     from megatron_dgpo.model.parallel import initialize_parallel
     from megatron_dgpo.model.policy import Policy
-    from megatron_dgpo.sft import _mean_negative_logprob
+    from megatron_dgpo.sft import mean_negative_logprob
     from megatron_dgpo.weights.architectures import read_architecture
     from megatron_dgpo.weights.load import load_weights
 
@@ -45,7 +45,7 @@ def build(model_dir, parallel, optimizer=None, **model):
     batch = Batch.from_sequences(
         [row[:5] for row in rows], [row[5:] for row in rows], multiple_of=config.parallel.tensor
     )
-    return config, architecture, policy, batch, _mean_negative_logprob(131)
+    return config, architecture, policy, batch, mean_negative_logprob(131)
 
 
 def after_three_steps(model_dir, parallel, dtype):
@@ -97,13 +97,15 @@ def skipped_step(model_dir, parallel):
     good = policy.step(batch.split(2), loss)
     before = [p.detach().clone() for m in policy.modules for p in m.parameters()]
 
-    def poisoned(batch, index, hidden_states, head_weight):
-        total, count, metrics = loss(batch, index, hidden_states, head_weight)
+    micro_batches = batch.split(2)
+
+    def poisoned(part, hidden_states, head_weight):
+        total, count, metrics = loss(part, hidden_states, head_weight)
         # Only one replica sees it.
-        factor = float("nan") if parallel_state.get_data_parallel_rank() == 0 and index == 1 else 1.0
+        factor = float("nan") if parallel_state.get_data_parallel_rank() == 0 and part is micro_batches[1] else 1.0
         return total * factor, count, metrics
 
-    bad = policy.step(batch.split(2), poisoned)
+    bad = policy.step(micro_batches, poisoned)
     unchanged = all(
         torch.equal(a, b) for a, b in zip(before, [p for m in policy.modules for p in m.parameters()], strict=True)
     )
@@ -123,8 +125,10 @@ def offloaded_reference(model_dir):
     config, architecture, _, batch, _ = build(model_dir, {"tensor": 2}, reference_offload=True)
     offloaded = Reference(config, architecture)
     kept = Reference(make_config(model_dir, {"tensor": 2}), architecture)
-    first, second = (offloaded.hidden_states(batch.split(4)) for _ in range(2))
-    expected = kept.hidden_states(batch.split(4))
+    first, second, expected = (
+        [part.reference_states for part in reference.attach(batch.split(4))]
+        for reference in (offloaded, offloaded, kept)
+    )
     gradient_free = not any(p.requires_grad for m in offloaded.modules for p in m.parameters())
     same = all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, expected, strict=True))
     return same, gradient_free, torch.equal(offloaded.head_weight, kept.head_weight)
@@ -178,10 +182,10 @@ def steps_around_a_skipped_one(model_dir, parallel, dtype, poison):
     """Weights after two good steps, with a bad one between them unless `poison` is None; and the good results."""
     _, _, policy, batch, loss = build(model_dir, parallel, dtype=dtype)
 
-    def poisoned(batch, index, hidden_states, head_weight):
+    def poisoned(batch, hidden_states, head_weight):
         if poison == "gradient":
             hidden_states.register_hook(lambda gradient: gradient * float("inf"))
-        total, count, metrics = loss(batch, index, hidden_states, head_weight)
+        total, count, metrics = loss(batch, hidden_states, head_weight)
         return total + (float("nan") if poison == "loss" else 0.0), count, metrics
 
     results = [policy.step(batch.split(2), loss)]

@@ -53,7 +53,7 @@ def allocated(model_dir, parallel, dtype):
     from megatron_dgpo.model.device import init_device
     from megatron_dgpo.model.parallel import initialize_parallel
     from megatron_dgpo.model.policy import Policy
-    from megatron_dgpo.sft import _mean_negative_logprob
+    from megatron_dgpo.sft import mean_negative_logprob
 
     init_device()
     config = make_config(model_dir, parallel, model={"dtype": dtype})
@@ -66,7 +66,7 @@ def allocated(model_dir, parallel, dtype):
     policy.reload_master_weights()
     # The moments exist after the first step.
     batch = Batch.from_sequences([[5, 6]] * 4, [[7, 8, 9, 10]] * 4, multiple_of=2)
-    result = policy.step(batch.split(1), _mean_negative_logprob(131))
+    result = policy.step(batch.split(1), mean_negative_logprob(131))
     assert not result.skipped
     storages = {
         p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in policy.modules for p in m.parameters()

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
-from megatron_dgpo.algorithm.objective import policy_objective, token_credit
+from megatron_dgpo.algorithm.objective import Objective
 from megatron_dgpo.batch import Batch
 from megatron_dgpo.config import Config
 from megatron_dgpo.model.layer_specs import uses_transformer_engine
@@ -106,23 +106,18 @@ def _micro_batches(session: Session) -> list[Batch]:
     return session.make_batch(prompts, responses, advantages).split(2)
 
 
-def _statistics(session: Session, batch: Batch, hidden_states, head_weight, **reference):
-    return token_statistics(
-        hidden_states,
-        head_weight,
-        batch.targets,
-        temperature=TEMPERATURE,
-        vocab_size=VOCAB,
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        **reference,
-    )
-
-
 def _logprobs(session: Session, products: str) -> Line:
     """Of float64 transformers with the same weights; in bfloat16 compared with how far transformers' own is."""
 
-    def logprobs(batch, index, hidden_states, head_weight):
-        return _statistics(session, batch, hidden_states, head_weight).logprobs.tolist()
+    def logprobs(batch, hidden_states, head_weight):
+        return token_statistics(
+            hidden_states,
+            head_weight,
+            batch.targets,
+            temperature=TEMPERATURE,
+            vocab_size=VOCAB,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+        ).logprobs.tolist()
 
     parts = broadcast_from_last_stage(session.policy.forward(_micro_batches(session), logprobs))
     found = torch.tensor([value for part in parts for value in part], dtype=torch.float64)
@@ -156,22 +151,9 @@ def _step(session: Session, products: str) -> Line:
     """Loss and all gradients of one DGPO step."""
     config = session.config
     reference = Reference(config, session.architecture)
-    micro_batches = _micro_batches(session)
-    states = reference.hidden_states(micro_batches)
-
-    def loss(batch, index, hidden_states, head_weight):
-        statistics = _statistics(
-            session,
-            batch,
-            hidden_states,
-            head_weight,
-            reference_hidden_states=states[index],
-            reference_head_weight=reference.head_weight,
-        )
-        weights = token_credit(statistics, batch.cu_seqlens, VOCAB, config.algorithm)
-        return policy_objective(statistics, batch, weights, statistics.logprobs.detach(), config.algorithm)
-
-    result = session.policy.step(micro_batches, loss)
+    micro_batches = reference.attach(_micro_batches(session))
+    objective = Objective(config, VOCAB, reference.head_weight, parallel_state.get_tensor_model_parallel_group())
+    result = session.policy.step(micro_batches, objective)
     oracle = dense_step(config.model.path, config.model.reference, _rows(), config.algorithm, TEMPERATURE, VOCAB)
     errors = {
         "loss": abs(result.metrics["loss"] / result.metrics["normaliser"] - oracle.loss),
