@@ -158,7 +158,6 @@ class Algorithm(Section):
     advantage: Literal["mean_std", "mean"] = "mean_std"
     """Group advantages: (r - mean) / (std + advantage_eps), or r - mean."""
     advantage_eps: PositiveFloat = 1e-6
-    policy_loss: Literal["ppo_clip"] = "ppo_clip"
     clip_low: float = Field(0.2, ge=0, lt=1)
     clip_high: float = Field(0.2, ge=0)
     """The probability ratio is clipped to [1 - clip_low, 1 + clip_high]."""

@@ -48,21 +48,18 @@ def token_statistics(
     tp_group: dist.ProcessGroup | None = None,
     reference_hidden_states: torch.Tensor | None = None,
     reference_head_weight: torch.Tensor | None = None,
-    head_bias: torch.Tensor | None = None,
-    reference_head_bias: torch.Tensor | None = None,
     tier: Literal["auto", "chunked", "triton"] = "auto",
     tile_bytes: int | None = None,
     check_finite: bool = False,
 ) -> TokenStatistics:
-    """Statistics of π = softmax(x / temperature) and ρ, x = hidden_states @ head_weightᵀ + head_bias, over the true
-    vocabulary.
+    """Statistics of π = softmax(x / temperature) and ρ, x = hidden_states @ head_weightᵀ, over the true vocabulary.
 
     hidden_states, reference_hidden_states: [N, H], the same on every rank of tp_group. head_weight,
     reference_head_weight: [V_padded / tp, H], this rank's rows in rank order; rows at or beyond `vocab_size` are
-    padding and take part in nothing. Biases: [V_padded / tp]. targets: [N] int64, below vocab_size. tier: `auto` is
-    triton on GPUs where it is installed. tile_bytes: of one float32 tile of logits, of which a few exist at a time.
+    padding and take part in nothing. targets: [N] int64, below vocab_size. tier: `auto` is triton on GPUs where it is
+    installed. tile_bytes: of one float32 tile of logits, of which a few exist at a time.
 
-    Gradients flow to hidden_states, head_weight and head_bias through `logprobs` and `entropy`, never to the reference.
+    Gradients flow to hidden_states and head_weight through `logprobs` and `entropy`, never to the reference.
     The gradient of hidden_states is this rank's share of a sum over tp_group: whatever replicated the hidden states
     (`copy_to_tensor_model_parallel_region`, or the gather of sequence parallelism) must reduce it. The gradient of a
     weight that Megatron's DDP gave a float32 `main_grad` is added there, and to nothing else.
@@ -79,11 +76,10 @@ def token_statistics(
         _check("reference_head_weight", reference_head_weight, "vocabulary row", first)
     if tier == "auto":
         tier = "triton" if hidden_states.is_cuda and importlib.util.find_spec("triton") else "chunked"
-    reference = reference_hidden_states, reference_head_weight, reference_head_bias
+    reference = reference_hidden_states, reference_head_weight
     values = _Statistics.apply(
         hidden_states,
         head_weight,
-        head_bias,
         targets,
         *(None if tensor is None else tensor.detach() for tensor in reference),
         1 / temperature,
@@ -101,11 +97,9 @@ class _Statistics(torch.autograd.Function):
         ctx,
         hidden,
         weight,
-        bias,
         targets,
         reference_hidden,
         reference_weight,
-        reference_bias,
         scale,
         vocab_size,
         group,
@@ -125,29 +119,26 @@ class _Statistics(torch.autograd.Function):
         for rows in _slices(n, rows_step if ctx.columns else 0):
             parts = []
             for columns in _slices(ctx.columns, columns_step):
-                x = _logits(x_tile, hidden[rows], weight[columns], bias, columns, scale)
+                x = _logits(x_tile, hidden[rows], weight[columns], scale)
                 y = None
                 if has_reference:
-                    y = _logits(
-                        y_tile, reference_hidden[rows], reference_weight[columns], reference_bias, columns, scale
-                    )
+                    y = _logits(y_tile, reference_hidden[rows], reference_weight[columns], scale)
                 parts.append(total.new_empty(total.shape[0], x.shape[0]))
                 ctx.tiles.tile_sums(x, y, local_targets[rows] - columns.start, parts[-1], _like(x, scratch))
             total[:, rows] = merge(torch.stack(parts))
         lse, *values = finish(_merge_over_ranks(total, group))
         # The weight as it is, not a saved copy of its handle: Megatron's attributes hang on it.
-        ctx.weight, ctx.has_bias = weight, bias is not None
-        ctx.save_for_backward(hidden, bias, local_targets, lse, values[1])
+        ctx.weight = weight
+        ctx.save_for_backward(hidden, local_targets, lse, values[1])
         ctx.mark_non_differentiable(*(tensor for tensor in values[2:] if tensor is not None))
         return tuple(values)
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy, *_):
-        hidden, bias, targets, lse, entropy = ctx.saved_tensors
+        hidden, targets, lse, entropy = ctx.saved_tensors
         weight, scale = ctx.weight, ctx.scale
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        grad_bias = torch.zeros(len(weight), device=weight.device) if needs_bias else None
         # Sums over tokens: float32 whatever the weight's dtype, rounded once.
         fused = needs_weight and _accumulates_in_place(weight)
         grad_weight = None
@@ -172,14 +163,12 @@ class _Statistics(torch.autograd.Function):
                 None if grad_entropy is None else grad_entropy[rows],
             )
             for columns in _slices(ctx.columns, columns_step):
-                x = _logits(tile, hidden[rows], weight[columns], bias, columns, scale)
+                x = _logits(tile, hidden[rows], weight[columns], scale)
                 grad = ctx.tiles.tile_gradient(x, targets[rows] - columns.start, *vectors, dtype, _like(x, scratch))
                 if needs_hidden:
                     _add_product(sum_hidden, grad, weight[columns])
                 if needs_weight:
                     _add_product(grad_weight[columns], grad.t(), hidden[rows])
-                if needs_bias:
-                    grad_bias[columns] += grad.sum(0, dtype=torch.float32)
             if needs_hidden and sum_hidden.dtype != grad_hidden.dtype:
                 grad_hidden[rows] = sum_hidden
         if fused:
@@ -188,8 +177,7 @@ class _Statistics(torch.autograd.Function):
         return (
             grad_hidden,
             grad_weight.to(weight.dtype) if needs_weight else None,
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            *(None,) * 9,
+            *(None,) * 8,
         )
 
 
@@ -229,12 +217,10 @@ def _slices(size: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, size)) for start in range(0, size if step else 0, step or 1))
 
 
-def _logits(tile, hidden, weight, bias, columns: slice, scale: float) -> torch.Tensor:
-    """scale · (hidden @ weightᵀ + bias[columns]), in `tile`'s memory: [rows, columns] float32, rows contiguous."""
+def _logits(tile: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale · hidden @ weightᵀ, in `tile`'s memory: [rows, columns] float32, rows contiguous."""
     out = tile[: len(hidden) * len(weight)].view(len(hidden), len(weight))
-    if bias is None:
-        return _add_product(out, hidden, weight.t(), alpha=scale, beta=0)
-    return _add_product(out.copy_(bias[columns]), hidden, weight.t(), alpha=scale, beta=scale)
+    return _add_product(out, hidden, weight.t(), alpha=scale, beta=0)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, alpha=1.0, beta=1.0) -> torch.Tensor:

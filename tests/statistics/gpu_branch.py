@@ -39,7 +39,6 @@ class Case:
     reference: bool = True
     entropy: bool = False
     """Whether the loss has an entropy bonus."""
-    bias: bool = False
     main_grad: bool = True
 
 
@@ -53,7 +52,6 @@ CASES = {
     "GRPO": Case(100, 128_256 // 4, reference=False),
     "float32": Case(100, 32_000, dtype="float32", entropy=True, main_grad=False),
     "float16": Case(100, 32_000, dtype="float16", main_grad=False),
-    "biases": Case(100, 128_256 // 4, bias=True, entropy=True),
     "odd vocabulary": Case(100, 50_257, entropy=True),
 }
 
@@ -133,7 +131,6 @@ def run(case: Case, target: _Target) -> Outcome:
         return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
 
     hidden, head = tensor(case.tokens, HIDDEN, grad=True), tensor(case.vocab, HIDDEN, grad=True)
-    bias = tensor(case.vocab, grad=True) if case.bias else None
     if case.main_grad:
         head.main_grad, head.grad_added_to_main_grad = tensor(case.vocab, HIDDEN, dtype=torch.float32), False
     reference = (tensor(case.tokens, HIDDEN), tensor(case.vocab, HIDDEN)) if case.reference else (None, None)
@@ -152,15 +149,14 @@ def run(case: Case, target: _Target) -> Outcome:
             vocab_size=case.vocab,
             reference_hidden_states=reference[0],
             reference_head_weight=reference[1],
-            head_bias=bias,
             tile_bytes=TILE_BYTES["cuda"],
         )
         (values.logprobs.sum() + (values.entropy.sum() if case.entropy else 0)).backward()
-    leaves = {"hidden": hidden, "head": head, "bias": bias}
+    leaves = {"hidden": hidden, "head": head}
     return Outcome(
         case=case,
         values=[_described(value) for value in values],
-        gradients={name: _described(leaf.grad) for name, leaf in leaves.items() if leaf is not None},
+        gradients={name: _described(leaf.grad) for name, leaf in leaves.items()},
         in_main_grad=getattr(head, "grad_added_to_main_grad", False),
         products=addmm.count,
         launches={kernel.name: kernel.count for kernel in kernels},

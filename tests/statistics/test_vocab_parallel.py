@@ -30,13 +30,12 @@ def interpreter():
 
 
 def inputs(n, hidden, vocab, padded, seed=0, dtype=torch.float32):
-    """Policy states, head, reference states, reference head, head bias, reference head bias; and targets."""
+    """Policy states, head, reference states, reference head; and targets."""
     generator = torch.Generator().manual_seed(seed)
     policy, reference = (torch.randn(n, hidden, generator=generator) for _ in range(2))
     heads = [torch.randn(padded, hidden, generator=generator) / hidden**0.5 for _ in range(2)]
-    biases = [torch.randn(padded, generator=generator) for _ in range(2)]
     targets = torch.randint(0, vocab, (n,), generator=generator)
-    tensors = (policy, heads[0], policy + 0.3 * reference, heads[0] + 0.1 * heads[1], *biases)
+    tensors = (policy, heads[0], policy + 0.3 * reference, heads[0] + 0.1 * heads[1])
     return [t.to(dtype) for t in tensors], targets
 
 
@@ -54,19 +53,16 @@ def objective(values, n):
     return (logprobs * weights).sum() + 0.3 * (entropy * weights.flip(0)).sum()
 
 
-def dense(n, hidden, vocab, padded, dtype, with_bias):
-    """Values, and gradients of states, head and bias, of the compared tokens."""
-    (policy, head, reference, reference_head, bias, reference_bias), targets = inputs(
-        n, hidden, vocab, padded, dtype=dtype
-    )
+def dense(n, hidden, vocab, padded, dtype):
+    """Values, and gradients of states and head, of the compared tokens."""
+    (policy, head, reference, reference_head), targets = inputs(n, hidden, vocab, padded, dtype=dtype)
     tokens = compared(n)
-    policy, head, bias = (t.double().requires_grad_() for t in (policy[tokens], head, bias))
-    x = policy @ head[:vocab].T + (bias[:vocab] if with_bias else 0)
+    policy, head = (t.double().requires_grad_() for t in (policy[tokens], head))
+    x = policy @ head[:vocab].T
     y = reference[tokens].double() @ reference_head[:vocab].double().T
-    y = y + (reference_bias[:vocab].double() if with_bias else 0)
     values = dense_statistics(x / TEMPERATURE, targets[tokens], y / TEMPERATURE)
-    (objective(values, len(tokens)) + 0 * bias.sum()).backward()
-    return [v.detach() for v in values], policy.grad, head.grad, bias.grad
+    objective(values, len(tokens)).backward()
+    return [v.detach() for v in values], policy.grad, head.grad
 
 
 def _counting(function, calls):
@@ -78,17 +74,17 @@ def _counting(function, calls):
 
 
 def sharded(cases, tier):
-    """On one rank, for each case: values, gradients of states (summed over ranks), head shard and bias shard, calls."""
+    """On one rank, for each case: values, gradients of states (summed over ranks) and head shard, calls."""
     import torch.distributed as dist
 
     rank, world = dist.get_rank(), dist.get_world_size()
     results = []
-    for n, hidden, vocab, padded, dtype, with_bias, tile_bytes in cases:
+    for n, hidden, vocab, padded, dtype, tile_bytes in cases:
         tensors, targets = inputs(n, hidden, vocab, padded, dtype=dtype)
-        policy, head, reference, reference_head, bias, reference_bias = tensors
+        policy, head, reference, reference_head = tensors
         rows = slice(rank * padded // world, (rank + 1) * padded // world)
         policy.requires_grad_()
-        shard, bias_shard = head[rows].clone().requires_grad_(), bias[rows].clone().requires_grad_()
+        shard = head[rows].clone().requires_grad_()
         calls = []
         with contextlib.ExitStack() as stack:
             for name in ("all_gather_into_tensor", "all_reduce", "all_gather"):
@@ -102,16 +98,13 @@ def sharded(cases, tier):
                 tp_group=dist.group.WORLD,
                 reference_hidden_states=reference,
                 reference_head_weight=reference_head[rows],
-                head_bias=bias_shard if with_bias else None,
-                reference_head_bias=reference_bias[rows] if with_bias else None,
                 tier=tier,
                 tile_bytes=tile_bytes,
             )
             objective(values, n).backward()
         total = policy.grad.float().clone()
         dist.all_reduce(total)
-        bias_grad = bias_shard.grad if with_bias else torch.zeros(len(bias_shard))
-        results.append(([v.detach() for v in values], total, shard.grad, bias_grad, calls))
+        results.append(([v.detach() for v in values], total, shard.grad, calls))
     return results
 
 
@@ -127,14 +120,14 @@ def test_values_and_gradients_equal_the_definition(world, vocab, tier):
         for dtype in (torch.float32, torch.bfloat16):
             # The largest cases in one dtype each: they take seconds. Tiles that divide neither tokens nor columns.
             if n * vocab < 10**8 or dtype == (torch.bfloat16 if world == 2 else torch.float32):
-                cases.append((n, 8, vocab, padded, dtype, n == 7, 4 * 3001 * 37 if n < 4096 else None))
+                cases.append((n, 8, vocab, padded, dtype, 4 * 3001 * 37 if n < 4096 else None))
     results = run_ranks(sharded, world, cases, tier)
-    for index, (n, hidden, _, _, dtype, with_bias, _) in enumerate(cases):
-        expected, grad_policy, grad_head, grad_bias = dense(n, hidden, vocab, padded, dtype, with_bias)
+    for index, (n, hidden, _, _, dtype, _) in enumerate(cases):
+        expected, grad_policy, grad_head = dense(n, hidden, vocab, padded, dtype)
         tokens = compared(n)
         # The values come from the same rounded inputs; only gradients are rounded once more.
         rounding = dict(rtol=1e-3, atol=4e-4) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
-        for values, grad, _, _, calls in (found[index] for found in results):
+        for values, grad, _, calls in (found[index] for found in results):
             # One collective, whatever the number of tiles; alone a rank needs none.
             assert calls == (["all_gather_into_tensor"] if world > 1 else [])
             for got, want in zip(values, expected, strict=True):
@@ -144,9 +137,8 @@ def test_values_and_gradients_equal_the_definition(world, vocab, tier):
             others = torch.ones(n, dtype=torch.bool)
             others[tokens] = False
             assert (grad[others] == 0).all()
-        for place, want in ((2, grad_head), (3, grad_bias)):
-            got = torch.cat([found[index][place] for found in results]).double()
-            torch.testing.assert_close(got, want, **rounding)
+        got = torch.cat([found[index][2] for found in results]).double()
+        torch.testing.assert_close(got, grad_head, **rounding)
 
 
 def from_logits(x, y, targets, vocab, tier):
@@ -231,7 +223,7 @@ class _LiveBytes(TorchDispatchMode):
 
 def extra_peak_bytes(n, vocab, hidden, tier, dtype=torch.float32):
     """Forward and backward, above inputs, the per-token results and the gradients that are asked for."""
-    (policy, head, reference, reference_head, _, _), targets = inputs(n, hidden, vocab, vocab, dtype=dtype)
+    (policy, head, reference, reference_head), targets = inputs(n, hidden, vocab, vocab, dtype=dtype)
     policy.requires_grad_(), head.requires_grad_()
     # Megatron's buffer: the head's gradient needs no memory of its own.
     head.main_grad, head.grad_added_to_main_grad = torch.zeros(head.shape), False
@@ -302,7 +294,7 @@ def test_check_finite_names_tensor_and_place(place, index, message):
 
 
 def test_reference_gets_no_gradient():
-    (policy, head, reference, reference_head, _, _), targets = inputs(6, 8, 11, 11)
+    (policy, head, reference, reference_head), targets = inputs(6, 8, 11, 11)
     for tensor in (policy, head, reference, reference_head):
         tensor.requires_grad_()
     values = token_statistics(

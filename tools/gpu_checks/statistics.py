@@ -30,7 +30,6 @@ class Case:
     reference: bool = True
     entropy: bool = True
     """Whether the loss has an entropy bonus."""
-    bias: bool = False
     logits: float = 1.0
     """Their standard deviation, about."""
 
@@ -40,13 +39,13 @@ CASES = {
     "cuda": {
         "the paper's loss": Case(4200, 512, 152_064 // 8),
         "no reference, no entropy bonus": Case(1000, 512, 32_000, reference=False, entropy=False),
-        "biases, one token": Case(1, 512, 152_064, bias=True),
+        "one token": Case(1, 512, 152_064),
         "odd vocabulary, large logits": Case(500, 512, 50_257, logits=100.0),
     },
     "cpu": {
         "the paper's loss": Case(50, 32, 5000),
         "no reference, no entropy bonus": Case(50, 32, 5000, reference=False, entropy=False),
-        "biases, one token": Case(1, 32, 5000, bias=True),
+        "one token": Case(1, 32, 5000),
         "odd vocabulary, large logits": Case(50, 32, 4999, logits=100.0),
     },
 }
@@ -87,7 +86,6 @@ def _inputs(case: Case, device: torch.device, dtype: torch.dtype):
     tensors = {
         "hidden": hidden,
         "head": head,
-        "bias": random(case.vocab),
         "reference_hidden": hidden + 0.3 * random(case.tokens, case.hidden),
         "reference_head": head + 0.1 * case.logits * random(case.vocab, case.hidden) / case.hidden**0.5,
     }
@@ -102,7 +100,7 @@ def _objective(case: Case, logprobs: torch.Tensor, entropy: torch.Tensor) -> tor
 
 
 def _fast(case: Case, tier: str, tensors: dict, targets: torch.Tensor):
-    hidden, head, bias = (tensors[name].clone().requires_grad_() for name in ("hidden", "head", "bias"))
+    hidden, head = (tensors[name].clone().requires_grad_() for name in ("hidden", "head"))
     # As in training: Megatron owns the head's gradient, in float32.
     head.main_grad, head.grad_added_to_main_grad = torch.zeros(head.shape, device=head.device), False
     values = token_statistics(
@@ -113,21 +111,20 @@ def _fast(case: Case, tier: str, tensors: dict, targets: torch.Tensor):
         vocab_size=case.vocab,
         reference_hidden_states=tensors["reference_hidden"] if case.reference else None,
         reference_head_weight=tensors["reference_head"] if case.reference else None,
-        head_bias=bias if case.bias else None,
         tier=tier,
     )
     _objective(case, values.logprobs, values.entropy).backward()
-    return values, [hidden.grad, head.main_grad, *([bias.grad] if case.bias else [])]
+    return values, [hidden.grad, head.main_grad]
 
 
 def _dense(case: Case, tensors: dict, targets: torch.Tensor):
-    hidden, head, bias = (tensors[name].double().requires_grad_() for name in ("hidden", "head", "bias"))
-    x = hidden @ head.t() + (bias if case.bias else 0)
+    hidden, head = (tensors[name].double().requires_grad_() for name in ("hidden", "head"))
+    x = hidden @ head.t()
     y = tensors["reference_hidden"].double() @ tensors["reference_head"].double().t() if case.reference else None
     values = dense_statistics(x / TEMPERATURE, targets, None if y is None else y / TEMPERATURE)
     _objective(case, *values[:2]).backward()
     values = [None if value is None else value.detach() for value in values]
-    return values, [hidden.grad, head.grad, *([bias.grad] if case.bias else [])]
+    return values, [hidden.grad, head.grad]
 
 
 def speed(task: Task) -> Iterator[Line]:
