@@ -136,6 +136,10 @@ def _say_device(options: argparse.Namespace, config: Config, local_size: int, no
 
 
 def _run_rank(options: argparse.Namespace, config: Config) -> int:
+    from megatron_dgpo.model.compat import compiled_at_first_call
+
+    with compiled_at_first_call():
+        from megatron_dgpo import evaluation, sft, trainer
     from megatron_dgpo.model.parallel import data_parallel_size
     from megatron_dgpo.rollout import server
 
@@ -156,17 +160,11 @@ def _run_rank(options: argparse.Namespace, config: Config) -> int:
             _say_device(options, config, local_size, world_size // local_size)
     finished = True
     if options.command == "sft":
-        from megatron_dgpo.sft import sft
-
-        finished = sft(config)
+        finished = sft.sft(config)
     elif options.command == "train":
-        from megatron_dgpo.trainer import train
-
-        finished = train(config)
+        finished = trainer.train(config)
     else:
-        from megatron_dgpo.evaluation import evaluate_policy
-
-        evaluate_policy(config, options.checkpoint, from_model=options.model is not None)
+        evaluation.evaluate_policy(config, options.checkpoint, from_model=options.model is not None)
     return 0 if finished else stop.STOPPED
 
 

@@ -6,10 +6,12 @@ preflight calls this file before any process is started, where the import would 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -25,6 +27,28 @@ if {needed} and not HAVE_TE:
     import transformer_engine.pytorch.fp8
     raise ModuleNotFoundError("it can be imported, but not by this version of Megatron-Core")
 """
+
+
+@contextlib.contextmanager
+def compiled_at_first_call() -> Iterator[None]:
+    """Around the first import of Megatron-Core: what it marks for `torch.compile` is compiled when it is called.
+
+    The marks alone import PyTorch's compiler, a third of what a rank does before its first line; the layers that are
+    used here call none of it.
+    """
+    compile_now = torch.compile
+
+    def mark(function: Callable | None = None, **options) -> Callable:
+        if function is None:
+            return functools.partial(mark, **options)
+        compiled = functools.cache(lambda: compile_now(function, **options))
+        return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    torch.compile = mark
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
 
 
 def moe_submodules(spec):
