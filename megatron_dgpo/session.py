@@ -24,7 +24,6 @@ from megatron_dgpo.model.parallel import (
     broadcast_from_last_stage,
     initialize_parallel,
     is_replica_leader,
-    trainer_layout,
 )
 from megatron_dgpo.model.policy import LossFunction, Policy, StepResult
 from megatron_dgpo.rollout import server
@@ -172,7 +171,7 @@ class Session(contextlib.ExitStack):
         if kind == "ipc":
             source = FullTensors(modules, self.architecture, dtype)
             return self.enter_context(IpcSync(engines, source, self.architecture, self.config.rollout))
-        shards, layout = dict(named_shards(modules)), trainer_layout(self.config.parallel)
+        shards, layout = dict(named_shards(modules)), self.policy.layout
         in_place = kind == "memory"
         sync = ShardSync(engines, shards, self.architecture, layout, self.config.rollout, dtype, in_place)
         return self.enter_context(sync)
