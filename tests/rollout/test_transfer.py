@@ -16,10 +16,11 @@ from megatron_dgpo.config import Rollout, load_config
 from megatron_dgpo.planning.plan import sides_of
 from megatron_dgpo.rollout import client, ipc_sync, shard_stream
 from megatron_dgpo.rollout.client import BROKEN, EngineError, Engines
-from megatron_dgpo.rollout.ipc_sync import IpcSync, SummedSource, content_sum
 from megatron_dgpo.rollout.plugin import WorkerMethods
-from megatron_dgpo.rollout.shard_stream import CalledOffError, call_off, join_group, receive_buckets, send_buckets
-from megatron_dgpo.rollout.weight_sync import ShardSync, StaleWeightsError, check_servers, servers_resumed
+from megatron_dgpo.weight_sync.canary import check_servers
+from megatron_dgpo.weight_sync.gathered import IpcSync, SummedSource, content_sum
+from megatron_dgpo.weight_sync.shards import ShardSync, StaleWeightsError, servers_resumed
+from megatron_dgpo.weight_sync.stream import CalledOffError, call_off, join_group, receive_buckets, send_buckets
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.resharding import (
     Move,
