@@ -248,6 +248,8 @@ def _rates() -> dict[str, float]:
     model's. Collective."""
     import torch
 
+    from megatron_dgpo.model.collectives import all_gathered
+
     tokens, shape = PROMPT_TOKENS + RESPONSE_TOKENS, MODELS["26M"]
     hidden, ffn = shape["hidden_size"], shape["intermediate_size"]
     left, right = torch.randn(tokens, hidden), torch.randn(hidden, ffn)
