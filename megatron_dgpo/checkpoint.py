@@ -36,6 +36,7 @@ from megatron_dgpo.manifest import (
     read_manifest,
     wrong_sizes,
 )
+from megatron_dgpo.model.collectives import all_gathered, from_rank_0
 from megatron_dgpo.model.policy import Policy
 from megatron_dgpo.weights.architectures import Architecture
 from megatron_dgpo.weights.dcp_metadata import only_data
@@ -104,7 +105,8 @@ def load_newest(
 
     Collective over all ranks. Raises UsageError for a checkpoint of another model, or of a run with other `origins`.
     """
-    for candidate in _agreed(candidates(folder)):
+    # Rank 0's view, so that no rank sees another list of folders.
+    for candidate in from_rank_0(lambda: candidates(folder)):
         manifest = read_manifest(candidate)
         problem = "its manifest is missing or unreadable" if manifest is None else _damage(candidate, manifest)
         if problem:
@@ -160,13 +162,6 @@ def _own_settings(policy: Policy):
     yield
     for group, settings in zip(policy.optimizer.param_groups, before, strict=True):
         group.update(settings)
-
-
-def _agreed(value):
-    """Rank 0's view, so that no rank sees another list of folders."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    return box[0]
 
 
 def _named_chunks(policy: Policy) -> list[tuple[str, torch.nn.Module]]:
@@ -252,10 +247,9 @@ def _crc32(file: Path) -> int:
 
 def _checksums(path: Path) -> dict[str, list[int]]:
     """{file: [bytes, CRC-32]}, each rank reading its share. Collective."""
-    files = _agreed([str(file.relative_to(path)) for file in _files(path)])
+    files = from_rank_0(lambda: [str(file.relative_to(path)) for file in _files(path)])
     mine = files[dist.get_rank() :: dist.get_world_size()]
-    shares: list = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, {name: [(path / name).stat().st_size, _crc32(path / name)] for name in mine})
+    shares = all_gathered({name: [(path / name).stat().st_size, _crc32(path / name)] for name in mine})
     return {name: entry for share in shares for name, entry in share.items()}
 
 
@@ -265,9 +259,7 @@ def _damage(path: Path, manifest: dict) -> str | None:
     if not wrong:
         names = sorted(manifest["files"])[dist.get_rank() :: dist.get_world_size()]
         wrong = [name for name in names if _crc32(path / name) != manifest["files"][name][1]]
-    shares: list = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, wrong)
-    wrong = sorted({name for share in shares for name in share})
+    wrong = sorted({name for share in all_gathered(wrong) for name in share})
     return f"{', '.join(wrong)} missing or damaged" if wrong else None
 
 

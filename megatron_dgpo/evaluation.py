@@ -54,7 +54,7 @@ def evaluate_policy(config: Config, folder: Path | None, from_model: bool) -> No
             checkpoint.load(path, session.policy, weights_only=True)
             step = read_manifest(path)["progress"]["step"]
         problems = load_prompts(config, config.data.eval, "data.eval", session.tokenizer)
-        session.push_weights(step, problems)
+        session.weight_sync(problems).push(step)
         metrics = evaluate(session, problems, step)
         if dist.get_rank() == 0:
             k = config.eval.samples

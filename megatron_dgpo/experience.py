@@ -13,12 +13,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError
-from megatron_dgpo.model.parallel import broadcast_from_leader
+from megatron_dgpo.model.collectives import all_gathered, broadcast_from_leader
 from megatron_dgpo.rewards.pool import GraderPool
 from megatron_dgpo.rollout.client import Engines
 from megatron_dgpo.rollout.sample import Prompt, Sample
@@ -77,8 +76,7 @@ class Experience:
         """
         replica, longest = _replica(), self._config.rollout.max_response_tokens
         mine = self._collect(prompts, dealt_share(len(prompts), *replica), samples, temperature, longest, -1)
-        shares: list = [None] * replica[1]
-        dist.all_gather_object(shares, mine, group=parallel_state.get_data_parallel_group_gloo())
+        shares = all_gathered(mine, parallel_state.get_data_parallel_group_gloo())
         return sorted((scored for share in shares for scored in share), key=lambda s: s.sample.prompt.index)
 
     def _collect(

@@ -20,22 +20,16 @@ from megatron_dgpo.experience import Experience
 from megatron_dgpo.manifest import Origins, Progress, origins
 from megatron_dgpo.metrics import MetricsLog
 from megatron_dgpo.model import device
-from megatron_dgpo.model.parallel import (
-    broadcast_from_last_stage,
-    initialize_parallel,
-    is_replica_leader,
-)
+from megatron_dgpo.model.collectives import from_rank_0
+from megatron_dgpo.model.parallel import initialize_parallel, is_replica_leader
 from megatron_dgpo.model.policy import LossFunction, Policy, StepResult
 from megatron_dgpo.rollout import server
-from megatron_dgpo.rollout.canary import Canary
 from megatron_dgpo.rollout.client import Engines
-from megatron_dgpo.rollout.ipc_sync import IpcSync
 from megatron_dgpo.rollout.sample import Prompt
-from megatron_dgpo.rollout.weight_sync import ShardSync, from_rank_0
-from megatron_dgpo.statistics import token_statistics
+from megatron_dgpo.weight_sync.sync import ServerSleep, WeightSync
 from megatron_dgpo.weights.architectures import read_architecture
-from megatron_dgpo.weights.export import FullTensors, export_hf
-from megatron_dgpo.weights.load import load_weights, named_shards
+from megatron_dgpo.weights.export import export_hf
+from megatron_dgpo.weights.load import load_weights
 
 _MARGIN = timedelta(minutes=10)
 
@@ -70,11 +64,11 @@ class Session(contextlib.ExitStack):
         self.callback(dist.destroy_process_group)
         self.architecture = read_architecture(config.model.path)
         self.tokenizer = load_tokenizer(config.model.path)
-        self._asleep = False
+        self.sleep = ServerSleep(config, lambda: self._engines)
         if command != "sft":
             # Before there are tensors on the ranks' GPUs: a server that starts counts all that disappears from its GPU
             # as its own, and does not start where the memory is taken.
-            self.rest_servers()
+            self.sleep.begin()
         initialize_parallel(config.parallel, config.run.seed, patience(config))
         self.replica = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         self.policy = Policy(config, self.architecture, optimizer_steps)
@@ -89,7 +83,6 @@ class Session(contextlib.ExitStack):
         self.log = self.enter_context(MetricsLog(config.run.dir, command, visible=dist.get_rank() == 0))
         self._checkpoints = config.run.dir / "checkpoints"
         self._skipped_in_a_row = 0
-        self._canary = Canary(config.rollout, server.dtype(config))
 
     # Checkpoints
 
@@ -163,71 +156,13 @@ class Session(contextlib.ExitStack):
         speaks = is_replica_leader() and not self.config.rollout.replay
         return self.enter_context(Experience(self.config, self._engines if speaks else None, self.tokenizer))
 
-    @functools.cached_property
-    def _weight_sync(self) -> ShardSync | IpcSync:
-        engines = self.experience.engines if dist.get_rank() == 0 else None
-        modules, dtype = self.policy.modules, getattr(torch, server.dtype(self.config))
-        kind = server.transport(self.config)
-        if kind == "ipc":
-            source = FullTensors(modules, self.architecture, dtype)
-            return self.enter_context(IpcSync(engines, source, self.architecture, self.config.rollout))
-        shards, layout = dict(named_shards(modules)), self.policy.layout
-        in_place = kind == "memory"
-        sync = ShardSync(engines, shards, self.architecture, layout, self.config.rollout, dtype, in_place)
-        return self.enter_context(sync)
-
-    def rest_servers(self) -> None:
-        """With rollout.sleep: until the next push the servers' GPUs are the trainer's. Waits for servers that start.
-
-        Collectives: a barrier, for the replicas that still sample, and one object broadcast.
-        """
-        if self.config.rollout.sleep and not self.config.rollout.replay:
-            dist.barrier()
-            from_rank_0(lambda: self._engines.sleep())
-            self._asleep = True
-
-    def _wake_servers(self, what: str) -> None:
-        if self._asleep:
-            # What the trainer's allocator merely keeps, the servers need.
-            torch.cuda.empty_cache()
-            dist.barrier()
-            from_rank_0(lambda: self._engines.wake_up(what))
-
-    def push_weights(self, version: int, problems: list[Prompt]) -> dict[str, float]:
-        """Make the servers serve the policy's weights as `version`, and stop the run unless they do.
-
-        problems: data whose first prompts the canary asks about.
-        """
-        if self.config.rollout.replay:
-            return {}
-        self._wake_servers("weights")
-        self._weight_sync.push(version)
-        self._wake_servers("kv_cache")
-        self._asleep = False
-        # One for each pipeline stage: an interleaved schedule wants a multiple of them.
-        count = max(2, self.config.parallel.pipeline)
-        prompts = [problems[i % len(problems)].token_ids for i in range(count)]
-        prompts, texts = from_rank_0(lambda: self._canary.probes(self._engines, prompts))
-        expected = self._logprobs(prompts, texts)
-        probes = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
-        gap = from_rank_0(lambda: self._canary.check(self._engines, self._weight_sync, version, probes, expected))
-        return {"weights/canary_logprob_gap": gap}
-
-    def _logprobs(self, prompts: list[list[int]], texts: list[list[int]]) -> list[list[float]]:
-        """The policy's log-probs of the texts' tokens, at temperature 1."""
-        batch = self.make_batch(prompts, texts)
-
-        def logprobs(batch, hidden_states, head_weight):
-            return token_statistics(
-                hidden_states,
-                head_weight,
-                batch.targets,
-                temperature=1.0,
-                vocab_size=self.architecture.vocab_size,
-                tp_group=parallel_state.get_tensor_model_parallel_group(),
-            ).logprobs.tolist()
-
-        return broadcast_from_last_stage(self.policy.forward(batch.split(1), logprobs))
+    def weight_sync(self, problems: list[Prompt]) -> WeightSync:
+        """What gives the policy's weights to the servers; waits until they are up. problems: for its canary."""
+        speaks = dist.get_rank() == 0 and not self.config.rollout.replay
+        engines = self._engines if speaks else None
+        return self.enter_context(
+            WeightSync(self.config, engines, self.sleep, self.policy, self.architecture, problems)
+        )
 
     def _end_tokens(self) -> list[int]:
         """Whatever the model's own generation settings call an end."""

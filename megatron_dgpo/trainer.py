@@ -41,7 +41,8 @@ def train(config: Config) -> bool:
         warnings = Warnings(log)
         progress = session.restore()
         log.start(progress.step, config.run.steps)
-        session.push_weights(progress.weight_version, problems)
+        weight_sync = session.weight_sync(problems)
+        weight_sync.push(progress.weight_version)
         if progress.step == 0:
             log.write(0, evaluate(session, held_out, 0))
         stopped = stop.asked()
@@ -50,11 +51,11 @@ def train(config: Config) -> bool:
             with log.phase("rollout"):
                 rows = order.take(progress.prompts, config.rollout.prompts_per_step)
                 scored = session.experience.sample([problems[row] for row in rows], step)
-                session.rest_servers()
+                session.sleep.begin()
             metrics = update(session, objective, reference, scored)
             warnings.look(metrics)
             with log.phase("weights"):
-                metrics |= session.push_weights(step, problems)
+                metrics |= weight_sync.push(step)
             progress = Progress(step, progress.prompts + config.rollout.prompts_per_step, step)
             if last or (config.eval.every and step % config.eval.every == 0):
                 with log.phase("eval"):

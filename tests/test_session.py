@@ -13,9 +13,9 @@ import torch
 from megatron_dgpo.config import Rollout
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.manifest import check_origins, fingerprint, origins, read_manifest
-from megatron_dgpo.rollout.canary import Canary
 from megatron_dgpo.rollout.sample import Sample
-from megatron_dgpo.rollout.weight_sync import StaleWeightsError
+from megatron_dgpo.weight_sync.canary import Canary
+from megatron_dgpo.weight_sync.shards import StaleWeightsError
 from tests.layouts import make_config
 from tests.model.test_policy import build
 from tests.ranks import run_ranks

@@ -33,9 +33,9 @@ from megatron_dgpo.planning.models import ARCHITECTURES
 from megatron_dgpo.planning.sides import RolloutSide, TrainerSide
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.planning.step_time import Cluster, broadcast_sync_time, sync_time
-from megatron_dgpo.rollout import shared_weights
 from megatron_dgpo.rollout.server import free_port
-from megatron_dgpo.rollout.shard_stream import Meeting, join_group, receive_buckets, send_buckets
+from megatron_dgpo.weight_sync import shared_memory
+from megatron_dgpo.weight_sync.stream import Meeting, join_group, receive_buckets, send_buckets
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.resharding import (
     block,
@@ -120,8 +120,8 @@ def process(rank: int, trainer: Layout, vllm: ServerLayout, options, ports: tupl
         filled = {name: torch.ones_like(tensor) for name, tensor in live.items()}
 
     handles: list = [None] * size
-    dist.all_gather_object(handles, shared_weights.share(shards))
-    memory = [shared_weights.attach(held) if worker >= 0 else {} for held in handles]
+    dist.all_gather_object(handles, shared_memory.share(shards))
+    memory = [shared_memory.attach(held) if worker >= 0 else {} for held in handles]
 
     def in_place() -> None:
         nonlocal received

@@ -56,20 +56,3 @@ def is_last_stage() -> bool:
 def is_replica_leader() -> bool:
     """The first rank of a data-parallel replica, which speaks for it to the outside."""
     return dist.get_rank(parallel_state.get_model_parallel_group()) == 0
-
-
-def broadcast_from_leader(value):
-    """A Python object from the replica's leader to all its ranks. Collective over the replica."""
-    return _broadcast(value, parallel_state.get_model_parallel_group(), 0)
-
-
-def broadcast_from_last_stage(value):
-    """A Python object from the last pipeline stage to the others. Collective over the pipeline group."""
-    group = parallel_state.get_pipeline_model_parallel_group()
-    return _broadcast(value, group, dist.get_world_size(group) - 1)
-
-
-def _broadcast(value, group: dist.ProcessGroup, source: int):
-    box = [value]
-    dist.broadcast_object_list(box, group=group, group_src=source, device="cpu")
-    return box[0]

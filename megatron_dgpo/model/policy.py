@@ -19,8 +19,9 @@ from megatron_dgpo.algorithm.objective import LARGEST
 from megatron_dgpo.batch import Batch
 from megatron_dgpo.config import Config
 from megatron_dgpo.config import Optimizer as OptimizerSettings
+from megatron_dgpo.model.collectives import broadcast_from_last_stage
 from megatron_dgpo.model.gpt import HiddenStatesModel, build_chunks, fuse_weight_gradients
-from megatron_dgpo.model.parallel import broadcast_from_last_stage, is_last_stage, trainer_layout
+from megatron_dgpo.model.parallel import is_last_stage, trainer_layout
 from megatron_dgpo.weights.architectures import Architecture
 
 # (micro-batch, packed hidden states [N, H], head weight [V_padded / tp, H]) ->

@@ -247,7 +247,8 @@ def _rates() -> dict[str, float]:
     all-reduces of activations and of gradients, while all ranks do the same; means over the ranks. Sizes are the 26M
     model's. Collective."""
     import torch
-    import torch.distributed as dist
+
+    from megatron_dgpo.model.collectives import all_gathered
 
     tokens, shape = PROMPT_TOKENS + RESPONSE_TOKENS, MODELS["26M"]
     hidden, ffn = shape["hidden_size"], shape["intermediate_size"]
@@ -259,8 +260,7 @@ def _rates() -> dict[str, float]:
         "activations": _ring_rate(torch.zeros(tokens, hidden), 50),
         "gradients": _ring_rate(large.zero_(), 3),
     }
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, rates)
+    gathered = all_gathered(rates)
     return {name: sum(rank[name] for rank in gathered) / len(gathered) for name in rates}
 
 

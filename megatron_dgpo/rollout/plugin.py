@@ -21,7 +21,7 @@ def register() -> None:
 
     if BACKEND in WeightTransferEngineFactory._registry:
         return
-    WeightTransferEngineFactory.register_engine(BACKEND, "megatron_dgpo.rollout.transport", "ShardEngine")
+    WeightTransferEngineFactory.register_engine(BACKEND, "megatron_dgpo.weight_sync.receive", "ShardEngine")
     _extend_workers()
     _unlink_joined_shared_memory()
     # vLLM starts processes, which may unblock them.
@@ -40,7 +40,7 @@ class WorkerMethods:
 
     def held_sums(self) -> dict[str, int]:
         """Of each parameter that this worker computes with."""
-        from megatron_dgpo.rollout.ipc_sync import content_sum
+        from megatron_dgpo.weight_sync.gathered import content_sum
 
         dtype = self.vllm_config.model_config.dtype
         parameters = self.model_runner.get_model().named_parameters()
@@ -48,7 +48,7 @@ class WorkerMethods:
 
     def abandon_update(self) -> None:
         """Leave an update that broke off, if any: to vLLM it is still under way."""
-        from megatron_dgpo.rollout.transport import abandon_reload
+        from megatron_dgpo.weight_sync.receive import abandon_reload
 
         abandon_reload(self.model_runner.get_model())
         self._weight_update_active = False

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from safetensors.torch import save_file
 
+from megatron_dgpo.model.collectives import all_gathered
 from megatron_dgpo.weights.architectures import Architecture, expert_of
 from megatron_dgpo.weights.directory import FILE_BYTES, copy_small_files
 from megatron_dgpo.weights.formats import INDEX, SINGLE, is_distributed
@@ -37,7 +38,7 @@ class FullTensors:
         # name -> (pipeline stage, expert-parallel rank, shape of a shard)
         self._owners: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         shapes = {name: tuple(parameter.shape) for name, parameter in self._shards.items()}
-        for expert_rank, stages in enumerate(_all_gather(_all_gather(shapes, self._pipeline), self._experts)):
+        for expert_rank, stages in enumerate(all_gathered(all_gathered(shapes, self._pipeline), self._experts)):
             for stage, held in enumerate(stages):
                 for name, shape in held.items():
                     self._owners.setdefault(name, (stage, expert_rank, shape))
@@ -80,12 +81,6 @@ class FullTensors:
             dist.broadcast(everything, group=self._experts, group_src=expert_rank)
         dist.broadcast(everything, group=self._pipeline, group_src=stage)
         return everything
-
-
-def _all_gather(value, group: dist.ProcessGroup) -> list:
-    found: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, value, group=group)
-    return found
 
 
 def export_hf(

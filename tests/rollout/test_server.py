@@ -17,7 +17,8 @@ from megatron_dgpo.layout import Layout
 from megatron_dgpo.rollout import client, server
 from megatron_dgpo.rollout.client import EngineError, Engines
 from megatron_dgpo.rollout.sample import Prompt
-from megatron_dgpo.rollout.weight_sync import ShardSync, StaleWeightsError, check_servers
+from megatron_dgpo.weight_sync.canary import check_servers
+from megatron_dgpo.weight_sync.shards import ShardSync, StaleWeightsError
 from megatron_dgpo.weights.architectures import read_architecture
 from tests.full_tensors import megatron_shard
 from tests.layouts import make_config

@@ -79,11 +79,12 @@ def push(folder, model, tensor, parallel, addresses, version, kill=None, in_plac
     import torch.distributed as dist
     from megatron.core import parallel_state
 
+    from megatron_dgpo.model.collectives import from_rank_0
     from megatron_dgpo.model.device import init_device
     from megatron_dgpo.model.parallel import initialize_parallel
     from megatron_dgpo.model.policy import Policy
     from megatron_dgpo.rollout.client import Engines
-    from megatron_dgpo.rollout.weight_sync import ShardSync, from_rank_0
+    from megatron_dgpo.weight_sync.shards import ShardSync
     from megatron_dgpo.weights.architectures import read_architecture
     from megatron_dgpo.weights.load import load_weights, named_shards
 

@@ -15,12 +15,14 @@ import torch.distributed as dist
 from megatron_dgpo.config import Rollout, load_config
 from megatron_dgpo.layout import Layout, ServerLayout
 from megatron_dgpo.planning.plan import sides_of
-from megatron_dgpo.rollout import client, ipc_sync, shard_stream
+from megatron_dgpo.rollout import client
 from megatron_dgpo.rollout.client import BROKEN, EngineError, Engines
-from megatron_dgpo.rollout.ipc_sync import IpcSync, SummedSource, content_sum
 from megatron_dgpo.rollout.plugin import WorkerMethods
-from megatron_dgpo.rollout.shard_stream import CalledOffError, call_off, join_group, receive_buckets, send_buckets
-from megatron_dgpo.rollout.weight_sync import ShardSync, StaleWeightsError, check_servers, servers_resumed
+from megatron_dgpo.weight_sync import gathered, stream
+from megatron_dgpo.weight_sync.canary import check_servers
+from megatron_dgpo.weight_sync.gathered import IpcSync, SummedSource, content_sum
+from megatron_dgpo.weight_sync.shards import ShardSync, StaleWeightsError, servers_resumed
+from megatron_dgpo.weight_sync.stream import CalledOffError, call_off, join_group, receive_buckets, send_buckets
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.resharding import (
     Move,
@@ -180,7 +182,7 @@ def test_joining_is_a_collective(monkeypatch):
     """Which makes NCCL's communicator of all members; waited for longer than a message is."""
     group = StubGroup()
     monkeypatch.setattr(dist, "ProcessGroupGloo", lambda *_: group)
-    meeting, store = shard_stream.open_meeting("127.0.0.1", 70, 5)
+    meeting, store = stream.open_meeting("127.0.0.1", 70, 5)
     assert join_group(meeting, 0, 1, store) is group
     assert group.calls == [("allreduce", 1), ("wait", 70), ("limit", 5)]
 
@@ -198,7 +200,7 @@ def test_calls_are_those_of_this_pytorch():
 
 def test_buckets_over_gloo():
     """Two members of one process; then one is gone."""
-    meeting, store = shard_stream.open_meeting("127.0.0.1", 60, 1)
+    meeting, store = stream.open_meeting("127.0.0.1", 60, 1)
     joined = {}
 
     def join(rank, store=None):
@@ -226,7 +228,7 @@ def test_buckets_over_gloo():
 
 
 def test_a_member_that_cannot_join_is_told_to_all_at_once(monkeypatch):
-    meeting, store = shard_stream.open_meeting("127.0.0.1", 60, 60)
+    meeting, store = stream.open_meeting("127.0.0.1", 60, 60)
     failures = []
 
     def join(rank, store=None):
@@ -245,7 +247,7 @@ def test_a_member_that_cannot_join_is_told_to_all_at_once(monkeypatch):
 
 
 def test_members_that_do_not_come_are_counted():
-    meeting, store = shard_stream.open_meeting("127.0.0.1", 0.5, 60)
+    meeting, store = stream.open_meeting("127.0.0.1", 0.5, 60)
     with pytest.raises(RuntimeError, match="1 of 3 trainer ranks and workers came within 0:00:00.5"):
         join_group(meeting, 0, 3, store)
 
@@ -583,7 +585,7 @@ def test_bounded_sums(monkeypatch, model):
     """A large tensor in parts, as one whole."""
     tensor = next(iter(model[1].values()))
     whole = content_sum(tensor)
-    monkeypatch.setattr(ipc_sync, "_SUM_NUMEL", 100)
+    monkeypatch.setattr(gathered, "_SUM_NUMEL", 100)
     assert content_sum(tensor) == whole
     source = SummedSource(Full(model[1]), model[0], Rollout(tensor=2))
     assert [name for name, _ in source] == list(model[1])

@@ -14,8 +14,8 @@ from megatron.core import parallel_state
 from megatron_dgpo.algorithm.objective import Objective
 from megatron_dgpo.batch import Batch
 from megatron_dgpo.config import Config
+from megatron_dgpo.model.collectives import broadcast_from_last_stage
 from megatron_dgpo.model.layer_specs import uses_transformer_engine
-from megatron_dgpo.model.parallel import broadcast_from_last_stage
 from megatron_dgpo.model.reference import Reference
 from megatron_dgpo.session import Session
 from megatron_dgpo.statistics import token_statistics

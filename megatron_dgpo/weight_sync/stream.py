@@ -1,4 +1,7 @@
-"""Buckets of shards from trainer ranks to vLLM workers, over a group of both, beside the groups that each side has."""
+"""Runs in trainer ranks and in vLLM's workers: buckets of shards from the ones to the others.
+
+Over a group of both, beside the groups that each side has.
+"""
 
 from __future__ import annotations
 

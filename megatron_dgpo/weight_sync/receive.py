@@ -1,4 +1,4 @@
-"""Inside vLLM's workers: each gets its own shards and nothing else, read in place or received, into its live model."""
+"""Runs in vLLM's workers: each gets its own shards and nothing else, read in place or received, into its live model."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 
 from megatron_dgpo.layout import Layout, ServerLayout
-from megatron_dgpo.rollout.shard_stream import Meeting, join_group, receive_buckets
-from megatron_dgpo.rollout.shared_weights import Handle, attach
+from megatron_dgpo.weight_sync.shared_memory import Handle, attach
+from megatron_dgpo.weight_sync.stream import Meeting, join_group, receive_buckets
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.resharding import (
     Move,

@@ -1,4 +1,5 @@
-"""Gathered weights to servers on the ranks' own GPUs, by vLLM's `ipc` engine, and what each worker must then hold."""
+"""Runs in trainer ranks: gathered weights to servers on the ranks' own GPUs, by vLLM's `ipc` engine, and what each
+worker must then hold."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ import torch.distributed as dist
 
 from megatron_dgpo.config import Rollout
 from megatron_dgpo.layout import ServerLayout
+from megatron_dgpo.model.collectives import from_rank_0
 from megatron_dgpo.rollout.client import Engines
-from megatron_dgpo.rollout.weight_sync import from_rank_0, servers_resumed
+from megatron_dgpo.weight_sync.shards import servers_resumed
 from megatron_dgpo.weights.architectures import Architecture
 from megatron_dgpo.weights.resharding import Block, block, vllm_blocks, vllm_parameters, wrapped_sum
 

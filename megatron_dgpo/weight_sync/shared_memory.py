@@ -1,4 +1,4 @@
-"""A rank's weights in memory that vLLM's workers on the same machine read in place."""
+"""Runs in trainer ranks and in vLLM's workers: a rank's weights in memory that workers on its machine read in place."""
 
 from __future__ import annotations
 

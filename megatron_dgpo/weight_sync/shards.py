@@ -1,4 +1,4 @@
-"""From updated policy to updated servers, and the proof that they agree."""
+"""Runs in trainer ranks: every vLLM worker gets its own shards from the ranks that hold them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import torch
@@ -15,9 +14,10 @@ import torch.distributed as dist
 
 from megatron_dgpo.config import Rollout
 from megatron_dgpo.layout import Layout, ServerLayout
-from megatron_dgpo.rollout import shared_weights
+from megatron_dgpo.model.collectives import all_gathered, from_rank_0
 from megatron_dgpo.rollout.client import EngineError, Engines
-from megatron_dgpo.rollout.shard_stream import (
+from megatron_dgpo.weight_sync import shared_memory
+from megatron_dgpo.weight_sync.stream import (
     CalledOffError,
     Meeting,
     call_off,
@@ -34,9 +34,6 @@ from megatron_dgpo.weights.resharding import (
     vllm_shape,
     wrapped_sum,
 )
-
-if TYPE_CHECKING:
-    from megatron_dgpo.rollout.ipc_sync import IpcSync
 
 # One vLLM parameter in so many is compared after each update, others after the next.
 _SAMPLED = 16
@@ -82,9 +79,9 @@ class ShardSync:
         self._timeout_s = rollout.transfer_timeout_s
         info = {"trainer": dataclasses.asdict(trainer), "servers": servers, "bucket_numel": numel}
         if in_place:
-            handles = {name: dataclasses.asdict(handle) for name, handle in shared_weights.share(shards).items()}
+            handles = {name: dataclasses.asdict(handle) for name, handle in shared_memory.share(shards).items()}
             self._addresses = {name: shard.data_ptr() for name, shard in shards.items()}
-            info["memory"] = _all_gather(handles)
+            info["memory"] = all_gathered(handles)
             with self._request(lambda: self._initialize(info)):
                 pass
         else:
@@ -137,7 +134,7 @@ class ShardSync:
         sample = {name for i, name in enumerate(self._target_shapes) if self._all or (i + version) % _SAMPLED == 0}
         with servers_resumed(self._engines):
             from_rank_0(lambda: self._engines.start_weight_update())
-            shares = _all_gather(self._transfer(sample))
+            shares = all_gathered(self._transfer(sample))
             self._expected = {}
             for key, value in (item for share in shares for item in share.items()):
                 self._expected[key] = wrapped_sum(self._expected.get(key, 0), value)
@@ -174,9 +171,9 @@ class ShardSync:
     def _check_in_place(self) -> None:
         """Workers would go on reading memory that a parameter has left. Any rank's error is everyone's."""
         moved = [name for name, address in self._addresses.items() if self._shards[name].data_ptr() != address]
-        moved = [name for share in _all_gather(moved) for name in share]
+        moved = [name for share in all_gathered(moved) for name in share]
         if moved:
-            raise StaleWeightsError(f"{_listed(moved)}: no longer in the memory that the servers read")
+            raise StaleWeightsError(f"{listed(moved)}: no longer in the memory that the servers read")
 
     def _piece(self, move: Move) -> torch.Tensor:
         return move.of_source(self._shards[move.source].detach()).to(self._dtype)
@@ -202,7 +199,7 @@ class ShardSync:
                     answer.result()
             except Exception as error:
                 failures.insert(0, str(error))
-        failures = [failure for share in _all_gather(failures) for failure in share]
+        failures = [failure for share in all_gathered(failures) for failure in share]
         if failures:
             raise StaleWeightsError("the weight update broke off: " + "; ".join(failures))
 
@@ -228,42 +225,6 @@ def _own_address(servers: list[str]) -> str:
     return get_ip()
 
 
-def check_servers(
-    engines: Engines,
-    sync: ShardSync | IpcSync,
-    version: int,
-    probes: list[list[int]],
-    expected: list[list[float]],
-    tolerance: float,
-) -> float:
-    """Rank 0 only: raise StaleWeightsError unless every server serves the policy's weights.
-
-    probes: token sequences; expected: the policy's log-probs of each one's last tokens, at temperature 1. tolerance:
-    mean |difference| of a server; returns the largest of these. Tiny updates move log-probs less than rounding does,
-    so the version and the checksums of what each worker received are compared too.
-    """
-    gaps = []
-    for address in engines.addresses:
-        found = engines.weight_version(address)
-        tensors = sync.differing_tensors(address)
-        if found != str(version) or tensors:
-            named = f"; tensors that differ: {_listed(tensors)}" if tensors else ""
-            raise StaleWeightsError(f"{address} serves weight version {found}, the policy is at {version}{named}")
-        differences = [
-            abs(ours - theirs)
-            for probe, logprobs in zip(probes, expected, strict=True)
-            for ours, theirs in zip(logprobs, engines.prompt_logprobs(address, probe)[-len(logprobs) :], strict=True)
-        ]
-        gaps.append(sum(differences) / len(differences))
-        if not gaps[-1] <= tolerance:
-            raise StaleWeightsError(
-                f"{address} gives log-probs {gaps[-1]:.3g} from the policy's (at most {tolerance:.3g} expected) at "
-                f"weight version {version}, although every tensor arrived as it was sent: the server loads or computes "
-                "them differently. If this is rounding, raise rollout.canary_tolerance"
-            )
-    return max(gaps)
-
-
 @contextlib.contextmanager
 def servers_resumed(engines: Engines | None) -> Iterator[None]:
     """Around all that follows a pause: whatever breaks it off, servers that still answer serve again.
@@ -278,25 +239,5 @@ def servers_resumed(engines: Engines | None) -> Iterator[None]:
         raise
 
 
-def from_rank_0(function: Callable):
-    """Rank 0's result on every rank; an exception there is raised here too, so that no rank waits for it in vain."""
-    box: list = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = function()
-        except Exception as error:
-            box[1] = error
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
-
-
-def _all_gather(value) -> list:
-    found: list = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
-
-
-def _listed(names: list[str], most: int = 5) -> str:
+def listed(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,12 +1,12 @@
-"""What is asked of the servers after each update, and how far they may be from the policy."""
+"""Runs on global rank 0: what is asked of the servers after each update, and how far they may be from the policy."""
 
 from __future__ import annotations
 
 from megatron_dgpo.config import Rollout
 from megatron_dgpo.rollout.client import Engines
-from megatron_dgpo.rollout.ipc_sync import IpcSync
 from megatron_dgpo.rollout.sample import Prompt
-from megatron_dgpo.rollout.weight_sync import ShardSync, check_servers
+from megatron_dgpo.weight_sync.gathered import IpcSync
+from megatron_dgpo.weight_sync.shards import ShardSync, StaleWeightsError, listed
 
 _NEW_TOKENS = 24
 _EXACT = 1e-3
@@ -48,3 +48,39 @@ class Canary:
         if self._dtype == "float32":
             return _EXACT
         return _FIRST if self._first_gap is None else max(_LEAST, _GROWTH * self._first_gap)
+
+
+def check_servers(
+    engines: Engines,
+    sync: ShardSync | IpcSync,
+    version: int,
+    probes: list[list[int]],
+    expected: list[list[float]],
+    tolerance: float,
+) -> float:
+    """Rank 0 only: raise StaleWeightsError unless every server serves the policy's weights.
+
+    probes: token sequences; expected: the policy's log-probs of each one's last tokens, at temperature 1. tolerance:
+    mean |difference| of a server; returns the largest of these. Tiny updates move log-probs less than rounding does,
+    so the version and the checksums of what each worker received are compared too.
+    """
+    gaps = []
+    for address in engines.addresses:
+        found = engines.weight_version(address)
+        tensors = sync.differing_tensors(address)
+        if found != str(version) or tensors:
+            named = f"; tensors that differ: {listed(tensors)}" if tensors else ""
+            raise StaleWeightsError(f"{address} serves weight version {found}, the policy is at {version}{named}")
+        differences = [
+            abs(ours - theirs)
+            for probe, logprobs in zip(probes, expected, strict=True)
+            for ours, theirs in zip(logprobs, engines.prompt_logprobs(address, probe)[-len(logprobs) :], strict=True)
+        ]
+        gaps.append(sum(differences) / len(differences))
+        if not gaps[-1] <= tolerance:
+            raise StaleWeightsError(
+                f"{address} gives log-probs {gaps[-1]:.3g} from the policy's (at most {tolerance:.3g} expected) at "
+                f"weight version {version}, although every tensor arrived as it was sent: the server loads or computes "
+                "them differently. If this is rounding, raise rollout.canary_tolerance"
+            )
+    return max(gaps)
