@@ -68,7 +68,8 @@ class _Manifest(Content):
     architecture: dict
     files: dict[str, Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]]
     """{name: [bytes, CRC-32]}"""
-    layout: dict[str, int] = {}
+    layout: dict[str, int | bool] = {}
+    """Fields of Layout."""
     origins: dict[str, Annotated[list[str], Field(min_length=2, max_length=2)]] = {}
 
 
