@@ -25,5 +25,5 @@ def test_a_stale_page_is_refused(tmp_path, capsys):
 
 
 def test_docstrings_are_those_below_the_attribute():
-    source = 'class A:\n    x: int = 1\n    """Of x,\n    in two lines."""\n    y: int = 2\n    z: int\n    """Of z."""\n'
+    source = 'class A:\n    x: int = 1\n    """Of x,\n    in two lines."""\n    y: int = 2\n    z: int\n    "Of z."\n'
     assert settings_page.attribute_docstrings(source) == {"A": {"x": "Of x,\nin two lines.", "z": "Of z."}}

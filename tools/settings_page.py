@@ -23,13 +23,13 @@ PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 
 _INTRODUCTION = """# Settings
 
-Made by `python tools/settings_page.py` from [megatron_dgpo/config.py](../megatron_dgpo/config.py); a test fails when it is
-not current, so change the docstrings there and run the command again.
+Made by `python tools/settings_page.py` from [megatron_dgpo/config.py](../megatron_dgpo/config.py); a test fails when it
+is not current, so change the docstrings there and run the command again.
 
-A config is a YAML file with these sections, and the command line overrides it by `section.name=value`. Relative paths in
-the file are relative to the file. `null` switches an optional setting off, or leaves the choice to the program, as its
-line says. Integers are below 2^31, bytes below 2^63. Names that end in `_s` are in seconds, in `_bytes` in bytes, in
-`_tokens` in tokens.
+A config is a YAML file with these sections, and the command line overrides it by `section.name=value`. Relative paths
+in the file are relative to the file. `null` switches an optional setting off, or leaves the choice to the program, as
+its line says. Integers are below 2^31, bytes below 2^63. Names that end in `_s` are in seconds, in `_bytes` in bytes,
+in `_tokens` in tokens.
 """
 
 _NAMES = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path", type(None): "null"}
