@@ -83,7 +83,7 @@ def save(
         manifest = {
             "progress": dataclasses.asdict(progress),
             "architecture": dataclasses.asdict(architecture),
-            "layout": _layout(),
+            "layout": dataclasses.asdict(policy.layout),
             "origins": origins or {},
             "files": checksums,
         }
@@ -129,7 +129,7 @@ def load(path: Path, policy: Policy, weights_only: bool = False) -> None:
     if not weights_only:
         _adapt_to_torch_adam(policy)
         state["optimizer"] = policy.optimizer.sharded_state_dict(state, is_loading=True, metadata=_METADATA)
-        if read_manifest(path).get("layout") == _layout():
+        if read_manifest(path).get("layout") == dataclasses.asdict(policy.layout):
             state["rng"] = _sharded_rng(_rng_state())
         else:
             logger.warning("%s was written at another layout: random number generators start anew", path)
@@ -209,14 +209,6 @@ def _copy_states(optimizer: DistributedOptimizer, model_param: torch.Tensor, ten
     targets = {"param": main_param, **optimizer.optimizer.state[main_param]}
     for name, tensor in tensors.items():
         targets[name].copy_(tensor)
-
-
-def _layout() -> dict[str, int]:
-    return {
-        "world": dist.get_world_size(),
-        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
-        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
-    }
 
 
 def _rng_state() -> dict:

@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from megatron_dgpo import sbatch, stop
+from megatron_dgpo import legality, sbatch, stop
 from megatron_dgpo.cluster import Node, torchrun_environment
 from megatron_dgpo.config import Config, load_config
 from megatron_dgpo.errors import UsageError
@@ -140,7 +140,6 @@ def _run_rank(options: argparse.Namespace, config: Config) -> int:
 
     with compiled_at_first_call():
         from megatron_dgpo import evaluation, sft, trainer
-    from megatron_dgpo.model.parallel import data_parallel_size
     from megatron_dgpo.rollout import server
 
     # The launcher's way to end a rank at once, whatever it waits for.
@@ -149,7 +148,7 @@ def _run_rank(options: argparse.Namespace, config: Config) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     world_size = int(os.environ["WORLD_SIZE"])
-    data_parallel_size(config.parallel, world_size)
+    legality.check(legality.of_world(config.parallel, world_size))
     if server.ADDRESSES not in os.environ:
         # Not started by our launcher, which has checked already.
         for name, value in torchrun_environment().items():

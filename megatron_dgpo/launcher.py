@@ -15,10 +15,11 @@ import time
 
 import torch
 
-from megatron_dgpo import process, stop
+from megatron_dgpo import legality, process, stop
 from megatron_dgpo.cluster import Node
 from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError
+from megatron_dgpo.layout import Layout
 from megatron_dgpo.rollout import server
 from megatron_dgpo.rollout.guard import SECRET
 
@@ -147,14 +148,12 @@ def _report(failed: process.Child, servers: list[process.Child], node: Node) -> 
 
 def trainer_size(config: Config, node: Node) -> int:
     """Ranks of all trainer nodes; raises UsageError where they cannot share them evenly."""
-    parallel = config.parallel
-    size = parallel.tensor * parallel.pipeline * (parallel.data or 1)
+    size = Layout.from_config(config.parallel).world_size
     gpus = torch.cuda.device_count() * node.count
-    if node.rollout_nodes and parallel.data is None and gpus:
+    if node.rollout_nodes and config.parallel.data is None and gpus:
         # Nobody else needs this node's GPUs.
         size = gpus
-    if size % node.count:
-        raise UsageError(f"parallel.tensor × pipeline × data = {size} ranks do not divide over {node.count} nodes")
+    legality.check(legality.of_nodes(size, node.count, f"{node.count} nodes"))
     return size
 
 

@@ -10,22 +10,21 @@ from pathlib import Path
 
 import torch
 
+from megatron_dgpo import legality
 from megatron_dgpo.config import Config, Parallel
 from megatron_dgpo.data import load_prompts, load_solutions, load_tokenizer, place_of
 from megatron_dgpo.errors import UsageError, shown
+from megatron_dgpo.layout import Layout, ServerLayout
 from megatron_dgpo.manifest import check_architecture, check_origins, check_steps, newest, origins, read_manifest
 from megatron_dgpo.model.compat import check_packages
 from megatron_dgpo.rewards.pool import GraderPool
 from megatron_dgpo.rollout import server
-from megatron_dgpo.weights.architectures import Architecture, check_layout, read_architecture
+from megatron_dgpo.weights.architectures import Architecture, read_architecture
 from megatron_dgpo.weights.load import check_weights
-from megatron_dgpo.weights.resharding import VllmLayout, check_vllm_layout
 from megatron_dgpo.weights.vocabulary import check_token_ids
 
 _LABEL = r"[A-Za-z0-9_-]{1,63}"
 _ADDRESS = re.compile(rf"https?://(?:(?P<name>{_LABEL}(?:\.{_LABEL})*)|\[(?P<v6>[^\]]*)\])(?::(?P<port>[0-9]{{1,5}}))?")
-_PROCESSES_PER_CORE = 16
-"""More ranks and servers' workers than that, each a Python process with PyTorch, a CPU only swaps."""
 
 
 def check(
@@ -36,22 +35,21 @@ def check(
     local_size: ranks of this machine, of `world_size` in all.
     """
     architecture = _check_model(config)
-    replicas = world_size // (config.parallel.tensor * config.parallel.pipeline)
-    check_layout(architecture, config.parallel.model_copy(update={"data": replicas}), config.model.path)
+    legality.check(legality.of_world(config.parallel, world_size))
+    check_layout(command, config, architecture, Layout.from_config(config.parallel, world_size))
     _check_devices(config, local_size, server.own_count(command, config))
     _check_overlaps(config.parallel)
     check_packages(config.model)
     tokenizer = load_tokenizer(config.model.path)
     check_token_ids(architecture, config.model.path, tokenizer)
     if command == "sft":
-        _divides(config, "sft.batch_size", config.sft.batch_size // replicas, config.sft.batch_size % replicas)
         load_solutions(config, tokenizer)
     else:
-        _check_rollouts(config, architecture)
+        _check_rollouts(config)
         _check_evaluation(config)
         _check_rewards(config, command, tokenizer)
     if command == "train":
-        _check_step_sizes(config, replicas)
+        _check_warmup(config)
     if command == "eval" and config.data.eval is None:
         raise UsageError("data.eval is missing: give the file of problems to evaluate on")
     _check_run_dir(config.run.dir)
@@ -88,38 +86,28 @@ def _check_model(config: Config) -> Architecture:
     return architecture
 
 
+def check_layout(command: str, config: Config, architecture: Architecture, layout: Layout) -> None:
+    """Raise UsageError for the first size, of the ranks or a server, that `command` could not work with."""
+    rollout, rows = config.rollout, config.batch
+    legality.check(legality.of_model(architecture, layout, config.model.path))
+    if command == "sft":
+        size = config.sft.batch_size
+        legality.check(legality.of_rows(layout, "sft.batch_size", size, layout.data, rows.micro_batch_size))
+        return
+    if command == "train":
+        step = rollout.prompts_per_step, rollout.group_size, rows.minibatches, rows.micro_batch_size
+        legality.check(legality.of_step(layout, *step))
+    legality.check(legality.of_server(architecture, ServerLayout.from_config(rollout)))
+
+
 def _check_devices(config: Config, ranks: int, servers: int) -> None:
     """`ranks` and `servers` of this machine, which start together."""
-    workers = servers * config.rollout.tensor
+    workers = ServerLayout.from_config(config.rollout, servers).num_workers
     if not torch.cuda.is_available():
-        cores = len(os.sched_getaffinity(0))
-        if ranks + workers > _PROCESSES_PER_CORE * cores:
-            raise UsageError(
-                f"{ranks} ranks (parallel.tensor × pipeline × data) and {workers} vLLM workers (rollout.servers × "
-                f"tensor) are too many for the {cores} CPU cores of this machine"
-            )
+        legality.check(legality.of_cores(ranks, workers, len(os.sched_getaffinity(0))))
         return
-    gpus = torch.cuda.device_count()
-    if ranks > gpus:
-        raise UsageError(f"parallel.tensor × pipeline × data = {ranks} ranks here, but this machine has {gpus} GPUs")
-    if servers:
-        _check_shared_gpus(config, ranks, workers, gpus)
-
-
-def _check_shared_gpus(config: Config, ranks: int, workers: int, gpus: int) -> None:
-    """The servers' GPUs are the first ones of the ranks if they sleep, and otherwise the next ones."""
-    wanted = f"rollout.servers × rollout.tensor = {workers} GPUs"
-    if config.rollout.sleep and workers > ranks:
-        raise UsageError(
-            f"rollout.sleep=true shares the ranks' GPUs, but {wanted}, and parallel.tensor × pipeline × data = {ranks} "
-            "ranks: a worker would be on a GPU that no rank sends its weights from; use as many ranks, or fewer workers"
-        )
-    if not config.rollout.sleep and ranks + workers > gpus:
-        raise UsageError(
-            f"parallel.tensor × pipeline × data = {ranks} and {wanted} are more than the {gpus} of this machine; use "
-            "fewer, or let the servers share the ranks' GPUs with rollout.sleep=true"
-        )
-    if not config.rollout.sleep and server.transport(config) == "ipc":
+    legality.check(legality.of_gpus(ranks, workers, torch.cuda.device_count(), config.rollout.sleep))
+    if servers and not config.rollout.sleep and server.transport(config) == "ipc":
         raise UsageError(
             "rollout.transport=ipc is for servers on the ranks' own GPUs, and with rollout.sleep=false these have "
             "others; use shards, or set rollout.sleep=true"
@@ -143,14 +131,13 @@ def _check_overlaps(parallel: Parallel) -> None:
         )
 
 
-def _check_rollouts(config: Config, architecture: Architecture) -> None:
+def _check_rollouts(config: Config) -> None:
     rollout = config.rollout
     if rollout.max_response_tokens >= rollout.context_tokens:
         raise UsageError(
             f"rollout.max_response_tokens={rollout.max_response_tokens} leaves no room for a prompt in "
             f"rollout.context_tokens={rollout.context_tokens}"
         )
-    check_vllm_layout(architecture, VllmLayout(rollout.tensor, rollout.servers, rollout.expert_parallel))
     if rollout.expert_parallel and not torch.cuda.is_available():
         raise UsageError("rollout.expert_parallel=true: vLLM's experts on a CPU cannot do that; set it to false")
     if rollout.replay and not rollout.replay.is_dir():
@@ -203,7 +190,7 @@ def _is_loopback(host: str) -> bool:
 
 def _check_rewards(config: Config, command: str, tokenizer) -> None:
     """The grader must load, the problems must fit, and a response must be able to be right."""
-    most = _PROCESSES_PER_CORE * len(os.sched_getaffinity(0))
+    most = legality.PROCESSES_PER_CORE * len(os.sched_getaffinity(0))
     if config.reward.workers > most:
         raise UsageError(f"reward.workers={config.reward.workers}: at most {most} on the CPU cores of this machine")
     files = [("data.train", config.data.train)] * (command == "train")
@@ -221,36 +208,12 @@ def _check_rewards(config: Config, command: str, tokenizer) -> None:
                 )
 
 
-def _check_step_sizes(config: Config, replicas: int) -> None:
-    prompts, group = config.rollout.prompts_per_step, config.rollout.group_size
-    if prompts % replicas:
+def _check_warmup(config: Config) -> None:
+    steps = config.run.steps * config.batch.minibatches
+    if config.optimizer.warmup_steps >= steps:
         raise UsageError(
-            f"rollout.prompts_per_step={prompts} is not a multiple of the {replicas} data-parallel replicas"
-        )
-    rows = prompts // replicas * group
-    minibatches = config.batch.minibatches
-    if rows % minibatches:
-        raise UsageError(
-            f"batch.minibatches={minibatches} does not divide the {rows} responses of a replica (prompts_per_step × "
-            "group_size / replicas)"
-        )
-    _divides(config, "rollout.prompts_per_step × group_size / replicas / minibatches", rows // minibatches, 0)
-    if config.optimizer.warmup_steps >= config.run.steps * minibatches:
-        raise UsageError(
-            f"optimizer.warmup_steps={config.optimizer.warmup_steps} is not below the {config.run.steps * minibatches} "
-            "optimizer steps of the run"
-        )
-
-
-def _divides(config: Config, name: str, rows: int, rest: int) -> None:
-    """`rows` responses a replica and optimizer step must fill whole micro-batches and, interleaved, whole rounds."""
-    size = config.batch.micro_batch_size
-    if rest or rows == 0 or rows % size:
-        raise UsageError(f"{name} = {rows} is not a multiple of batch.micro_batch_size={size}; choose a divisor of it")
-    if config.parallel.chunks_per_stage > 1 and rows // size % config.parallel.pipeline:
-        raise UsageError(
-            f"an interleaved pipeline needs a multiple of parallel.pipeline={config.parallel.pipeline} micro-batches, "
-            f"and {name} gives {rows // size}; change batch.micro_batch_size"
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} is not below the {steps} optimizer steps of the "
+            "run"
         )
 
 

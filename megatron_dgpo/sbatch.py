@@ -13,8 +13,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_dgpo import legality
 from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError
+from megatron_dgpo.layout import Layout, ServerLayout
 
 _ROOT = Path(__file__).parents[1]
 _SOURCE = "source slurm/job.sh\n"
@@ -82,23 +84,15 @@ def _directives(header: str, settings: dict) -> list[str]:
 
 
 def _check(config: Config, size: Size) -> None:
-    parallel, rollout = config.parallel, config.rollout
     if size.rollout_nodes == 0 and size.nodes > 1:
         raise UsageError(
             f"--nodes={size.nodes} trainer nodes need --rollout-nodes: only one alone runs its own servers"
         )
-    block = parallel.tensor * parallel.pipeline
-    ranks = block * parallel.data if parallel.data else None
-    if ranks and ranks % size.nodes:
-        raise UsageError(f"parallel.tensor × pipeline × data = {ranks} ranks do not divide over --nodes={size.nodes}")
-    gpus = size.nodes * (size.gpus or 0)
-    if gpus and (ranks or block) > gpus:
-        raise UsageError(f"parallel.tensor × pipeline × data = {ranks or block} ranks, and the nodes have {gpus} GPUs")
-    if gpus and gpus % block and not ranks:
-        raise UsageError(f"parallel.tensor × pipeline = {block} does not divide the nodes' {gpus} GPUs")
+    if config.parallel.data:
+        ranks = Layout.from_config(config.parallel).world_size
+        legality.check(legality.of_nodes(ranks, size.nodes, f"--nodes={size.nodes}"))
+    if size.gpus:
+        legality.check(legality.of_trainer_nodes(config.parallel, size.nodes * size.gpus))
     per_node = size.rollout_gpus or size.gpus
-    if size.rollout_nodes and per_node and rollout.servers * rollout.tensor > per_node:
-        raise UsageError(
-            f"rollout.servers × rollout.tensor = {rollout.servers * rollout.tensor} GPUs a node, but they have "
-            f"{per_node}: rollout.servers counts those of one node"
-        )
+    if size.rollout_nodes and per_node:
+        legality.check(legality.of_rollout_node(ServerLayout.from_config(config.rollout), per_node))

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from megatron_dgpo.config import load_config
+from megatron_dgpo.layout import Layout
 from megatron_dgpo.rollout import server
 from tests.ranks import run_ranks
 
@@ -18,8 +19,7 @@ def run_on_ranks(
     Their output goes to the run's logs. environment: where the servers are, their secret, and the like.
     """
     settings = load_config(config, list(overrides))
-    parallel = settings.parallel
-    world_size = parallel.tensor * parallel.pipeline * (parallel.data or 1)
+    world_size = Layout.from_config(settings.parallel).world_size
     arguments = [command, str(config), *overrides]
     variables = {server.ADDRESSES: "", **(environment or {})}
     logs = settings.run.dir / "logs"

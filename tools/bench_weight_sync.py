@@ -26,10 +26,11 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dgpo.layout import Layout, ServerLayout
 from megatron_dgpo.planning.hardware import Gpu, read_gpu
-from megatron_dgpo.planning.layout import RolloutSide, TrainerSide
 from megatron_dgpo.planning.memory import vllm_weights
 from megatron_dgpo.planning.models import ARCHITECTURES
+from megatron_dgpo.planning.sides import RolloutSide, TrainerSide
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.planning.step_time import Cluster, broadcast_sync_time, sync_time
 from megatron_dgpo.rollout.server import free_port
@@ -37,10 +38,9 @@ from megatron_dgpo.weight_sync import shared_memory
 from megatron_dgpo.weight_sync.stream import Meeting, join_group, receive_buckets, send_buckets
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.resharding import (
-    TrainerLayout,
-    VllmLayout,
     block,
     plan_buckets,
+    stage_of,
     vllm_blocks,
     vllm_parameters,
     vllm_shape,
@@ -59,12 +59,12 @@ PUBLISHED = (
 )
 
 
-def trainer_shards(layout: TrainerLayout, rank: int) -> dict[str, torch.Tensor]:
+def trainer_shards(layout: Layout, rank: int) -> dict[str, torch.Tensor]:
     """Random ones, the same for the same block of a tensor on whatever rank."""
-    tensor_rank, stage = rank % layout.tensor, rank // (layout.tensor * layout.data)
+    tensor_rank, stage, _ = layout.coordinates(rank)
     shards = {}
     for place, name in enumerate(ARCHITECTURE.parameters):
-        if layout.stage(ARCHITECTURE, name) != stage:
+        if stage_of(ARCHITECTURE, layout, name) != stage:
             continue
         parts = shard_slices(ARCHITECTURE, name, tensor_rank, layout.tensor)
         shape = list(ARCHITECTURE.hf_shapes[parts[0].name])
@@ -94,7 +94,7 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 
-def process(rank: int, trainer: TrainerLayout, vllm: VllmLayout, options, ports: tuple[int, int], queue) -> None:
+def process(rank: int, trainer: Layout, vllm: ServerLayout, options, ports: tuple[int, int], queue) -> None:
     torch.set_num_threads(1)
     size = trainer.world_size + vllm.num_workers
     store = dist.TCPStore("127.0.0.1", ports[0], size, rank == 0)
@@ -148,7 +148,7 @@ def process(rank: int, trainer: TrainerLayout, vllm: VllmLayout, options, ports:
         targets = {parameter.experts[0][0]: name for name, parameter in PARAMETERS.items()}
         for name, (_, *sources) in ARCHITECTURE.parameters.items():
             full = {source: torch.empty(ARCHITECTURE.hf_shapes[source], dtype=DTYPE) for source in sources}
-            stage = trainer.stage(ARCHITECTURE, name)
+            stage = stage_of(ARCHITECTURE, trainer, name)
             for tensor_rank in range(trainer.tensor if worker < 0 else 0):
                 owner = trainer.rank(tensor_rank, stage, 0)
                 for part in shard_slices(ARCHITECTURE, name, tensor_rank, trainer.tensor):
@@ -196,7 +196,7 @@ def process(rank: int, trainer: TrainerLayout, vllm: VllmLayout, options, ports:
     dist.destroy_process_group()
 
 
-def measure(trainer: TrainerLayout, vllm: VllmLayout, options) -> list[dict]:
+def measure(trainer: Layout, vllm: ServerLayout, options) -> list[dict]:
     context = mp.get_context("spawn")
     queue = context.Queue()
     ports = free_port(), free_port()
@@ -247,7 +247,7 @@ def predict(console: Console, models: list[Path], gpu: Gpu) -> list[dict]:
             if not fitting:
                 table.add_row(model.parent.name, str(gpus), "-", "does not fit", "-", "-")
                 continue
-            sides = TrainerSide(1, 1, half), RolloutSide(fitting[0], half // fitting[0], shared=False)
+            sides = TrainerSide(1, 1, half), RolloutSide(fitting[0], half // fitting[0])
             ours, theirs = (time(sizes, *sides, cluster).total for time in (sync_time, broadcast_sync_time))
             received = vllm_weights(sizes, fitting[0])
             row = {"model": model.parent.name, "gpus": gpus, "vllm_tensor": fitting[0], "bytes": received}
@@ -272,9 +272,9 @@ def main() -> None:
     if options.predict:
         results = predict(console, options.model or MODELS, read_gpu(options.gpu))
     layouts = [
-        (TrainerLayout(2, 1, 1, 1), VllmLayout(1, 1)),
-        (TrainerLayout(2, 1, 1, 1), VllmLayout(2, 1)),
-        (TrainerLayout(1, 2, 1, 1), VllmLayout(2, 1)),
+        (Layout(2, 1), ServerLayout(1, 1)),
+        (Layout(2, 1), ServerLayout(2, 1)),
+        (Layout(1, 2), ServerLayout(2, 1)),
     ]
     for trainer, vllm in [] if options.predict else layouts:
         rows = measure(trainer, vllm, options)

@@ -24,8 +24,8 @@ from megatron_dgpo.config import load_config
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.planning import published, report
 from megatron_dgpo.planning.hardware import read_gpu
-from megatron_dgpo.planning.layout import Workload, refusal, rollout_refusal
 from megatron_dgpo.planning.plan import Plan, Planner, choose, sides_of, workload_of
+from megatron_dgpo.planning.sides import Workload, refusal, rollout_refusal
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.planning.step_time import Cluster
 from megatron_dgpo.weights.architectures import Architecture, read_architecture

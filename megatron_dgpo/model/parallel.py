@@ -7,25 +7,9 @@ from datetime import timedelta
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_dgpo import legality
 from megatron_dgpo.config import Parallel
-from megatron_dgpo.errors import UsageError
-from megatron_dgpo.weights.resharding import TrainerLayout
-
-
-def data_parallel_size(parallel: Parallel, world_size: int) -> int:
-    """How many replicas `world_size` ranks make. Raises UsageError when the sizes do not fill the world."""
-    model = parallel.tensor * parallel.pipeline
-    sizes = f"parallel.tensor={parallel.tensor} × parallel.pipeline={parallel.pipeline}"
-    if parallel.data is not None and model * parallel.data != world_size:
-        raise UsageError(
-            f"{sizes} × parallel.data={parallel.data} = {model * parallel.data} ranks, but {world_size} were started; "
-            f"start {model * parallel.data}, or leave parallel.data out"
-        )
-    if world_size % model:
-        raise UsageError(
-            f"{sizes} = {model} ranks do not fill {world_size} ranks; start a multiple of {model}, or change the sizes"
-        )
-    return world_size // model
+from megatron_dgpo.layout import Layout
 
 
 def initialize_parallel(parallel: Parallel, seed: int, patience: timedelta | None = None) -> None:
@@ -33,9 +17,9 @@ def initialize_parallel(parallel: Parallel, seed: int, patience: timedelta | Non
 
     patience: how long a rank waits for another in any group, the default one included. Ranks of a replica wait for the
     one that samples, and a replica for the others, so a run's must outlast its longest rollout; None: the default
-    group's is as it was, and Megatron's are half an hour.
+    group's is as it was, and Megatron's are half an hour. Raises UsageError when the sizes do not fill the world.
     """
-    data_parallel_size(parallel, dist.get_world_size())
+    legality.check(legality.of_world(parallel, dist.get_world_size()))
     chunks = parallel.chunks_per_stage
     parallel_state.initialize_model_parallel(
         parallel.tensor,
@@ -50,15 +34,9 @@ def initialize_parallel(parallel: Parallel, seed: int, patience: timedelta | Non
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def trainer_layout(parallel: Parallel) -> TrainerLayout:
+def trainer_layout(parallel: Parallel) -> Layout:
     """This run's, after `initialize_parallel`; raises RuntimeError if Megatron numbers its ranks in another way."""
-    layout = TrainerLayout(
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.chunks_per_stage,
-        parallel_state.get_data_parallel_world_size(),
-        parallel.expert,
-    )
+    layout = Layout.from_config(parallel, dist.get_world_size())
     rank = layout.rank(
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),

@@ -21,7 +21,7 @@ from megatron_dgpo.config import Config
 from megatron_dgpo.config import Optimizer as OptimizerSettings
 from megatron_dgpo.model.collectives import broadcast_from_last_stage
 from megatron_dgpo.model.gpt import HiddenStatesModel, build_chunks, fuse_weight_gradients
-from megatron_dgpo.model.parallel import is_last_stage
+from megatron_dgpo.model.parallel import is_last_stage, trainer_layout
 from megatron_dgpo.weights.architectures import Architecture
 
 # (micro-batch, packed hidden states [N, H], head weight [V_padded / tp, H]) ->
@@ -49,6 +49,7 @@ class Policy:
 
     def __init__(self, config: Config, architecture: Architecture, optimizer_steps: int) -> None:
         """optimizer_steps: length of the learning-rate schedule. Weights are to be loaded into `modules`."""
+        self.layout = trainer_layout(config.parallel)
         self.modules: list[HiddenStatesModel] = build_chunks(config, architecture)
         if config.model.fusions:
             for module in self.modules:

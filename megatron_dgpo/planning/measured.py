@@ -21,7 +21,7 @@ from pathlib import Path
 from megatron_dgpo.config import Config
 from megatron_dgpo.planning import calibration, step_time
 from megatron_dgpo.planning.hardware import Gpu
-from megatron_dgpo.planning.layout import TrainerSide, Workload
+from megatron_dgpo.planning.sides import TrainerSide, Workload
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.planning.step_time import Cluster
 from megatron_dgpo.weights.architectures import read_architecture

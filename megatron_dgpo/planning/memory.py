@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_dgpo.config import Rollout
-from megatron_dgpo.planning.layout import TrainerSide, Workload
+from megatron_dgpo.layout import Layout, ServerLayout
+from megatron_dgpo.planning.sides import TrainerSide, Workload
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.statistics.vocab_parallel import TILE_BYTES, TILE_ROWS
-from megatron_dgpo.weights.resharding import VllmLayout, vllm_parameters, vllm_shape
+from megatron_dgpo.weights.resharding import vllm_parameters, vllm_shape
 from megatron_dgpo.weights.slices import padded_vocab_size
 
 Kernels = Literal["fused", "composite"]
@@ -59,9 +60,7 @@ class Static:
 
 
 @functools.cache
-def static_memory(
-    sizes: Sizes, stage: int, tensor: int, pipeline: int, chunks: int, data: int, expert: int, sharded: bool, e: int
-) -> Static:
+def static_memory(sizes: Sizes, stage: int, layout: Layout, sharded: bool, e: int) -> Static:
     """Weights (e bytes), gradients (float32 buffers) and optimizer: a float32 master copy beside bfloat16 weights, and
     Adam's two moments.
 
@@ -69,15 +68,15 @@ def static_memory(
     padding only, and the largest is given. PyTorch's Adam also counts steps, 4 bytes for each tensor.
     """
     weights = gradients = total = 0
-    owned = [0] * (tensor * data)
-    for chunk in range(chunks):
-        shards = _chunk_shards(sizes, stage, chunk, tensor, pipeline, chunks, expert)
+    owned = [0] * layout.stage_size
+    for chunk in range(layout.chunks):
+        shards = _chunk_shards(sizes, stage, chunk, layout)
         for of_expert in (False, True):
             part = [(numel, shared) for numel, is_expert, shared in shards if is_expert == of_expert]
             # Ranks of a stage are numbered tensor-parallel fastest; an expert's replicas are `expert` ranks apart.
-            apart = expert if of_expert else tensor
+            apart = layout.expert if of_expert else layout.tensor
             numel = sum(n for n, _ in part)
-            padded, shares = _buffer(part, tensor * data // apart) if sharded else (numel, None)
+            padded, shares = _buffer(part, layout.stage_size // apart) if sharded else (numel, None)
             weights += padded * e
             gradients += padded * 4
             owned = [own + (shares[rank // apart] if shares else numel) for rank, own in enumerate(owned)]
@@ -85,14 +84,14 @@ def static_memory(
     return Static(weights, gradients, max(owned) * (12 if e == 2 else 8), total)
 
 
-def _chunk_shards(sizes, stage, chunk, tensor, pipeline, chunks, expert) -> list[tuple[int, bool, bool]]:
+def _chunk_shards(sizes: Sizes, stage: int, chunk: int, layout: Layout) -> list[tuple[int, bool, bool]]:
     """(elements, of an expert, a copy shared by first and last stage) of a model chunk's parameters, in order."""
-    first, last = stage == 0 and chunk == 0, stage == pipeline - 1 and chunk == chunks - 1
-    vocab = padded_vocab_size(sizes.vocab, tensor) // tensor * sizes.h
-    shared = sizes.tied and pipeline > 1
+    first, last = (stage, chunk) == (0, 0), (stage, chunk) == (layout.pipeline - 1, layout.chunks - 1)
+    vocab = padded_vocab_size(sizes.vocab, layout.tensor) // layout.tensor * sizes.h
+    shared = sizes.tied and layout.pipeline > 1
     found = [(vocab, False, shared)] if first else []
-    layer = [(numel, of_expert, False) for numel, of_expert in sizes.layer_shards(tensor, expert)]
-    found += layer * (sizes.layers // (pipeline * chunks))
+    layer = [(numel, of_expert, False) for numel, of_expert in sizes.layer_shards(layout.tensor, layout.expert)]
+    found += layer * (sizes.layers // layout.total_chunks)
     if last:
         found.append((sizes.h, False, False))
         # A tied head on the embedding's own stage is the embedding.
@@ -199,7 +198,7 @@ def activations(
     e, h, t = work.element_bytes, sizes.h, trainer.tensor
     n = trainer.micro_batch * work.row_tokens
     mine = n / t if trainer.sequence else n
-    per_chunk = sizes.layers // (trainer.pipeline * trainer.chunks)
+    per_chunk = sizes.layers // trainer.total_chunks
     micro_batch = trainer.micro_batch, work.row_tokens, trainer, e, kernels
     kept = chunk_activations(sizes, per_chunk, *micro_batch)
     # What backward recomputes of one layer.
@@ -239,8 +238,7 @@ def reference_weights(sizes: Sizes, trainer: TrainerSide, stage: int, e: int) ->
     if trainer.reference == "host":
         vocab = padded_vocab_size(sizes.vocab, trainer.tensor) // trainer.tensor
         return vocab * sizes.h * e if stage == trainer.pipeline - 1 else 0
-    shape = trainer.tensor, trainer.pipeline, trainer.chunks, trainer.data, trainer.expert
-    return static_memory(sizes, stage, *shape, False, e).weights
+    return static_memory(sizes, stage, trainer.layout, False, e).weights
 
 
 def micro_batches(work: Workload, trainer: TrainerSide) -> int:
@@ -250,8 +248,7 @@ def micro_batches(work: Workload, trainer: TrainerSide) -> int:
 
 def trainer_memory(sizes: Sizes, work: Workload, trainer: TrainerSide, stage: int) -> dict[str, float]:
     """Bytes by item of one GPU of a pipeline stage at its peak, in the update."""
-    shape = trainer.tensor, trainer.pipeline, trainer.chunks, trainer.data, trainer.expert
-    static = static_memory(sizes, stage, *shape, trainer.distributed_optimizer, work.element_bytes)
+    static = static_memory(sizes, stage, trainer.layout, trainer.distributed_optimizer, work.element_bytes)
     items = {
         "weights": float(static.weights),
         "gradients": float(static.gradients),
@@ -300,9 +297,10 @@ class CheckpointMemory:
 
 def checkpoint_memory(sizes: Sizes, work: Workload, trainer: TrainerSide) -> CheckpointMemory:
     """What checkpoint.py asks for ([M], get_parameter_state_dp_zero over gloo)."""
-    e, shape = work.element_bytes, (trainer.tensor, trainer.pipeline, trainer.chunks, trainer.data, trainer.expert)
+    e = work.element_bytes
     stages = [
-        static_memory(sizes, stage, *shape, trainer.distributed_optimizer, e) for stage in range(trainer.pipeline)
+        static_memory(sizes, stage, trainer.layout, trainer.distributed_optimizer, e)
+        for stage in range(trainer.pipeline)
     ]
     n = max(static.numel for static in stages)
     # Replicas send each other what they have read, one float32 tensor at a time.
@@ -328,7 +326,7 @@ ASLEEP_BYTES = GRAPH_BYTES + RUNTIME_BYTES
 @functools.cache
 def vllm_weights(sizes: Sizes, tensor: int) -> int:
     """Bytes of one worker's bfloat16 weights [V]; key and value heads are copied where workers outnumber them."""
-    architecture, layout = sizes.architecture, VllmLayout(tensor, 1)
+    architecture, layout = sizes.architecture, ServerLayout(tensor)
     parameters = vllm_parameters(architecture).values()
     return 2 * sum(math.prod(vllm_shape(architecture, parameter, layout)) for parameter in parameters)
 

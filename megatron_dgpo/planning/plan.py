@@ -6,11 +6,12 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from megatron_dgpo import legality
 from megatron_dgpo.config import Config
-from megatron_dgpo.errors import UsageError
-from megatron_dgpo.planning import layout, memory, step_time
-from megatron_dgpo.planning.layout import RolloutSide, TrainerSide, Workload
+from megatron_dgpo.layout import Layout, ServerLayout
+from megatron_dgpo.planning import memory, sides, step_time
 from megatron_dgpo.planning.memory import GIB
+from megatron_dgpo.planning.sides import RolloutSide, TrainerSide, Workload
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.planning.step_time import Cluster, Seconds
 
@@ -57,7 +58,7 @@ class Plan:
 
     @property
     def gpus(self) -> int:
-        return self.trainer.gpus + (0 if self.rollout.shared else self.rollout.gpus)
+        return self.trainer.world_size + (0 if self.rollout.shared else self.rollout.num_workers)
 
     def tokens_per_gpu_s(self, work: Workload) -> float:
         """Prompt and response tokens of a step, by its time and all GPUs."""
@@ -106,7 +107,7 @@ class Planner:
         """A plan for every layout of the trainer that matters, with the best servers for it."""
         plans = []
         for shared, count in self._splits(gpus, placements):
-            for trainer, reason in layout.trainer_sides(
+            for trainer, reason in sides.trainer_sides(
                 self.sizes.architecture, self.work, count, self.cluster.gpus_per_node
             ):
                 plans.append(self._plan(trainer, reason, gpus, count, shared))
@@ -147,7 +148,7 @@ class Planner:
         for shared, count in self._splits(gpus, placements):
             rollout, server, problem = self._best_rollout(count if shared else gpus - count, shared, OWN_FRACTION)
             sampling = 0.0 if problem else sum(s.total for s in self._rollout_seconds(rollout, server))
-            for trainer in layout.undominated_sides(architecture, self.work, count, per_node):
+            for trainer in sides.undominated_sides(architecture, self.work, count, per_node):
                 yield sampling + self._trainer_seconds(trainer), trainer, count, shared
 
     def _trainer_seconds(self, trainer: TrainerSide) -> float:
@@ -215,7 +216,7 @@ class Planner:
     def _find_best_rollout(self, gpus: int, shared: bool, fraction: float):
         """(layout, server, None) that samples fastest, or the one that comes closest to running and its problem."""
         best, problem = None, None
-        for rollout, reason in layout.rollout_sides(self.sizes.architecture, gpus, self.cluster.gpus_per_node, shared):
+        for rollout, reason in sides.rollout_sides(self.sizes.architecture, gpus, self.cluster.gpus_per_node, shared):
             server = None if reason else self.server(rollout, fraction)
             if reason or server.problem:
                 # The largest tensor-parallel size comes last and needs least.
@@ -316,33 +317,24 @@ def choose(plans: list[Plan], cluster: Cluster) -> Plan | None:
 def sides_of(config: Config, gpus: int, gpus_per_node: int) -> tuple[TrainerSide, RolloutSide]:
     """The layout that a config describes on `gpus` GPUs. Raises UsageError where it does not fill them."""
     parallel, rollout = config.parallel, config.rollout
-    ranks = parallel.tensor * parallel.pipeline
     # rollout.servers counts those of one machine.
-    a_machine = rollout.tensor * rollout.servers
-    shared = parallel.data is not None and ranks * parallel.data == gpus
-    data = parallel.data or max(1, (gpus - a_machine) // ranks)
-    trainer = TrainerSide(
-        parallel.tensor,
-        parallel.pipeline,
-        data,
-        parallel.chunks_per_stage,
-        parallel.expert,
-        parallel.sequence,
-        parallel.distributed_optimizer,
-        config.model.recompute,
-        "none" if config.algorithm.credit == "uniform" else "host" if config.model.reference_offload else "device",
-        config.batch.micro_batch_size,
+    machine = ServerLayout.from_config(rollout)
+    asked = Layout.from_config(parallel)
+    shared = parallel.data is not None and asked.world_size == gpus
+    ranks = asked.world_size if parallel.data else max(asked.model_size, gpus - machine.num_workers)
+    place = "host" if config.model.reference_offload else "device"
+    trainer = replace(
+        TrainerSide.from_config(parallel, ranks),
+        distributed_optimizer=parallel.distributed_optimizer,
+        recompute=config.model.recompute,
+        reference="none" if config.algorithm.credit == "uniform" else place,
+        micro_batch=config.batch.micro_batch_size,
     )
-    serving = gpus if shared else gpus - trainer.gpus
+    serving = gpus if shared else gpus - trainer.world_size
     machines = max(1, serving // gpus_per_node)
-    if serving != machines * a_machine:
-        raise UsageError(
-            f"of --gpus={gpus} the trainer takes {trainer.gpus} (parallel.tensor × pipeline × data); the other "
-            f"{gpus - trainer.gpus}, or all of them if shared, are not {machines} machines of {a_machine} GPUs "
-            "(rollout.tensor × servers): change these or --gpus"
-        )
-    sleep = shared and rollout.sleep
-    return trainer, RolloutSide(rollout.tensor, machines * rollout.servers, shared, sleep)
+    legality.check(legality.of_cluster(trainer, machine, gpus, shared, machines))
+    servers = RolloutSide.from_config(rollout, machines * rollout.servers)
+    return trainer, replace(servers, shared=shared, sleep=shared and rollout.sleep)
 
 
 def workload_of(config: Config, prompt_tokens: int, response_tokens: int) -> Workload:
@@ -364,7 +356,7 @@ def workload_of(config: Config, prompt_tokens: int, response_tokens: int) -> Wor
 def settings_of(plan: Plan, work: Workload, gpus_per_node: int) -> dict[str, dict]:
     """The plan as settings of megatron_dgpo.config."""
     trainer, rollout = plan.trainer, plan.rollout
-    machines = max(1, rollout.gpus // gpus_per_node)
+    machines = max(1, rollout.num_workers // gpus_per_node)
     parallel = trainer.parallel().model_dump()
     return {
         "model": {

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from megatron_dgpo.planning import step_time
 from megatron_dgpo.planning.hardware import GPUS
-from megatron_dgpo.planning.layout import RolloutSide, TrainerSide, Workload
 from megatron_dgpo.planning.models import shape, sizes_of
 from megatron_dgpo.planning.plan import Planner
+from megatron_dgpo.planning.sides import RolloutSide, TrainerSide, Workload
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.planning.step_time import Cluster
 

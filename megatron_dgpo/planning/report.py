@@ -13,9 +13,9 @@ from rich.table import Table
 
 from megatron_dgpo import sbatch
 from megatron_dgpo.config import Config
-from megatron_dgpo.planning.layout import Workload
 from megatron_dgpo.planning.memory import GIB, CheckpointMemory, checkpoint_memory
 from megatron_dgpo.planning.plan import Plan, settings_of
+from megatron_dgpo.planning.sides import Workload
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.planning.step_time import Cluster
 
@@ -57,14 +57,16 @@ def print_layouts(console: Console, plans: list[Plan], work: Workload, cluster: 
         if failures:
             console.print(title)
             for plan in failures[:most]:
-                line = f"{plan.trainer} on {plan.trainer.gpus} GPUs: {plan.problem}"
+                line = f"{plan.trainer} on {plan.trainer.world_size} GPUs: {plan.problem}"
                 console.print(textwrap.fill(line, console.width - 2, initial_indent="  ", subsequent_indent="    "))
             console.print()
 
 
 def print_plan(console: Console, plan: Plan, sizes: Sizes, work: Workload, cluster: Cluster) -> None:
     """Memory item by item and time phase by phase."""
-    console.print(f"Plan: {plan.trainer} on {plan.trainer.gpus} GPUs; vLLM {plan.rollout} on {plan.rollout.gpus}")
+    console.print(
+        f"Plan: {plan.trainer} on {plan.trainer.world_size} GPUs; vLLM {plan.rollout} on {plan.rollout.num_workers}"
+    )
     last = len(plan.stages) - 1
     stages = range(last + 1) if last < _MOST_STAGES else (0, 1, last)
     table = _table(f"GiB of one GPU ({cluster.gpu.memory_bytes / GIB:.1f} available)")
@@ -145,7 +147,8 @@ def write_settings(folder: Path, plan: Plan, work: Workload, cluster: Cluster, c
 
 
 def _job(plan: Plan, settings: dict, overrides: list[str], cluster: Cluster, file: Path) -> str:
-    trainer, rollout = (max(1, side.gpus // cluster.gpus_per_node) for side in (plan.trainer, plan.rollout))
+    sides = plan.trainer.world_size, plan.rollout.num_workers
+    trainer, rollout = (max(1, gpus // cluster.gpus_per_node) for gpus in sides)
     if plan.gpus <= cluster.gpus_per_node:
         # The trainer's own.
         rollout = 0
@@ -186,7 +189,7 @@ def _failures(plans: list[Plan]) -> list[tuple[str, list[Plan]]]:
     shapes: dict[tuple, list[Plan]] = {}
     for plan in plans:
         trainer = plan.trainer
-        shapes.setdefault((trainer.gpus, trainer.tensor, trainer.pipeline, trainer.expert), []).append(plan)
+        shapes.setdefault((trainer.world_size, trainer.tensor, trainer.pipeline, trainer.expert), []).append(plan)
     plainest, closest = [], []
     for members in shapes.values():
         failing = [plan for plan in members if plan.problem]

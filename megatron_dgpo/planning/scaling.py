@@ -15,10 +15,10 @@ from typing import Literal
 
 from megatron_dgpo.planning import step_time
 from megatron_dgpo.planning.hardware import GPUS
-from megatron_dgpo.planning.layout import TrainerSide, Workload
 from megatron_dgpo.planning.memory import GIB
 from megatron_dgpo.planning.models import ARCHITECTURES, sizes_of
 from megatron_dgpo.planning.plan import Plan, Planner
+from megatron_dgpo.planning.sides import TrainerSide, Workload
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.planning.step_time import Cluster, Seconds
 
@@ -154,7 +154,7 @@ def _row(head: tuple, plan: Plan, sizes: Sizes, work: Workload, cluster: Cluster
         step_s=step_s,
         tokens_per_s=tokens_per_s,
         tokens_per_gpu_s=tokens_per_s / gpus,
-        mfu_update=update / (plan.trainer.gpus * rate * own_s),
+        mfu_update=update / (plan.trainer.world_size * rate * own_s),
         mfu_step=(update + sampling + reference) / (gpus * rate * step_s),
         headroom_gib=plan.trainer_headroom(cluster) / GIB,
         **shares,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from megatron_dgpo.planning import memory
 from megatron_dgpo.planning.hardware import Gpu
-from megatron_dgpo.planning.layout import RolloutSide, TrainerSide, Workload
+from megatron_dgpo.planning.sides import RolloutSide, TrainerSide, Workload
 from megatron_dgpo.planning.sizes import Sizes
 
 # Shares of the data sheet's rates that large operations reach, the same for every model, GPU and layout.
@@ -130,7 +130,7 @@ def _message(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluste
     n = trainer.micro_batch * work.row_tokens
     share = trainer.tensor if trainer.sequence else 1
     # The next stage is tensor × data ranks away.
-    away = trainer.tensor * trainer.data >= cluster.gpus_per_node
+    away = trainer.stage_size >= cluster.gpus_per_node
     return work.element_bytes * n / share * sizes.h / cluster.bandwidth(cluster.gpus_per_node + 1 if away else 1)
 
 
@@ -150,8 +150,7 @@ def reference_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: 
         return Seconds()
     loading = 0.0
     if trainer.reference == "host":
-        shape = trainer.tensor, trainer.pipeline, trainer.chunks, trainer.data, trainer.expert
-        loading = memory.static_memory(sizes, 0, *shape, False, work.element_bytes).weights / PCIE
+        loading = memory.static_memory(sizes, 0, trainer.layout, False, work.element_bytes).weights / PCIE
     return forward_time(sizes, work, trainer, cluster) + Seconds(memory=loading)
 
 
@@ -185,12 +184,11 @@ def update_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Clu
 def optimizer_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster) -> Seconds:
     """Reduction of float32 gradients over replicas, not overlapped (all-reduce, or reduce-scatter and all-gather of the
     weights), then Adam: gradients, master weights and moments read, all but the first written."""
-    shape = trainer.tensor, trainer.pipeline, trainer.chunks, trainer.data, trainer.expert
-    static = memory.static_memory(sizes, 0, *shape, trainer.distributed_optimizer, work.element_bytes)
+    static = memory.static_memory(sizes, 0, trainer.layout, trainer.distributed_optimizer, work.element_bytes)
     ways = (trainer.data - 1) / trainer.data
     traffic = ways * (static.gradients + static.weights if trainer.distributed_optimizer else 2 * static.gradients)
     # Several tensor-parallel ranks of a machine each run their own ring: every one has its own network card.
-    network = traffic / cluster.bandwidth(trainer.tensor * trainer.data)
+    network = traffic / cluster.bandwidth(trainer.stage_size)
     touched = static.optimizer * 2 + static.gradients * 3
     return Seconds(memory=touched / (cluster.gpu.memory_bandwidth * MEMORY), network=network)
 
@@ -261,12 +259,12 @@ def sync_time(sizes: Sizes, trainer: TrainerSide, rollout: RolloutSide, cluster:
     come back."""
     model = 2 * sizes.parameters
     if rollout.shared:
-        gathered = model / cluster.bandwidth(trainer.tensor * trainer.data * trainer.pipeline)
+        gathered = model / cluster.bandwidth(trainer.world_size)
         moved = 2 * memory.vllm_weights(sizes, rollout.tensor) / PCIE if rollout.sleep else 0.0
         return Seconds(network=SYNC_S + gathered, memory=moved + 2 * model / (cluster.gpu.memory_bandwidth * MEMORY))
     received = memory.vllm_weights(sizes, rollout.tensor)
-    sent = model * rollout.servers / trainer.gpus
-    everything = trainer.gpus + rollout.gpus
+    sent = model * rollout.servers / trainer.world_size
+    everything = trainer.world_size + rollout.num_workers
     return Seconds(network=SYNC_S + max(received, sent) / cluster.bandwidth(everything))
 
 
@@ -274,5 +272,5 @@ def broadcast_sync_time(sizes: Sizes, trainer: TrainerSide, rollout: RolloutSide
     """The same as others do it, separate: every tensor is gathered on trainer rank 0 and broadcast in full to every
     worker. A pipelined broadcast passes each byte over each link once."""
     model = 2 * sizes.parameters
-    gathered = model / cluster.bandwidth(trainer.gpus)
-    return Seconds(network=SYNC_S + gathered + model / cluster.bandwidth(trainer.gpus + rollout.gpus))
+    gathered = model / cluster.bandwidth(trainer.world_size)
+    return Seconds(network=SYNC_S + gathered + model / cluster.bandwidth(trainer.world_size + rollout.num_workers))

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_dgpo import process
+from megatron_dgpo import legality, process
 from megatron_dgpo.cluster import Node
 from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError
+from megatron_dgpo.layout import Layout, ServerLayout
 from megatron_dgpo.rollout.guard import SECRET
 from megatron_dgpo.rollout.plugin import BACKEND
 
@@ -136,19 +137,16 @@ def environment(config: Config, index: int, alone: bool = False) -> dict[str, st
         # CUDA IPC handles travel pickled inside the guarded request.
         variables["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if torch.cuda.is_available():
-        first = index * config.rollout.tensor
+        server = ServerLayout.from_config(config.rollout)
+        first = server.first_worker(index)
         if not alone and not config.rollout.sleep:
             # Behind those of the ranks, which servers that sleep share.
-            first += config.parallel.tensor * config.parallel.pipeline * (config.parallel.data or 1)
+            first += Layout.from_config(config.parallel).world_size
         # Those that SLURM gave to this job, where it says so.
         given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         devices = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
-        if first + config.rollout.tensor > len(devices):
-            raise UsageError(
-                f"server {index} with rollout.tensor={config.rollout.tensor} would be on GPUs {first} to "
-                f"{first + config.rollout.tensor - 1}, but this machine has {len(devices)}"
-            )
-        variables["CUDA_VISIBLE_DEVICES"] = ",".join(devices[first : first + config.rollout.tensor])
+        legality.check(legality.of_server_gpus(server, index, first, len(devices)))
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(devices[first : first + server.tensor])
         return variables
     cores = sorted(os.sched_getaffinity(0))
     share = [cores[rank :: config.rollout.tensor] or cores[:1] for rank in range(config.rollout.tensor)]

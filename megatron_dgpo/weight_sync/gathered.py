@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_dgpo.config import Rollout
+from megatron_dgpo.layout import ServerLayout
 from megatron_dgpo.model.collectives import from_rank_0
 from megatron_dgpo.rollout.client import Engines
 from megatron_dgpo.weight_sync.shards import servers_resumed
 from megatron_dgpo.weights.architectures import Architecture
-from megatron_dgpo.weights.resharding import Block, VllmLayout, block, vllm_blocks, vllm_parameters, wrapped_sum
+from megatron_dgpo.weights.resharding import Block, block, vllm_blocks, vllm_parameters, wrapped_sum
 
 _SUM_NUMEL = 2**22
 
@@ -103,7 +104,7 @@ class SummedSource:
         self._source = source
         self.sums: dict[tuple[int, str], int] = {}
         """(worker, vLLM parameter) -> content_sum of the worker's part, of the last iteration."""
-        layout = VllmLayout(rollout.tensor, 1, rollout.expert_parallel)
+        layout = ServerLayout.from_config(rollout, 1)
         self._parts: dict[str, list[tuple[int, str, Block]]] = defaultdict(list)
         for target, parameter in vllm_parameters(architecture).items():
             for worker in range(layout.tensor):

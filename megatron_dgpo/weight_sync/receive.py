@@ -23,13 +23,12 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     make_online_process_loader,
 )
 
+from megatron_dgpo.layout import Layout, ServerLayout
 from megatron_dgpo.weight_sync.shared_memory import Handle, attach
 from megatron_dgpo.weight_sync.stream import Meeting, join_group, receive_buckets
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.resharding import (
     Move,
-    TrainerLayout,
-    VllmLayout,
     checksum,
     plan_buckets,
     vllm_parameters,
@@ -55,7 +54,7 @@ def abandon_reload(model: torch.nn.Module) -> None:
 @dataclass
 class ShardInit(WeightTransferInitInfo):
     trainer: dict
-    """Fields of TrainerLayout."""
+    """Fields of Layout."""
     server: int
     servers: int
     bucket_numel: int
@@ -85,9 +84,9 @@ class ShardEngine(WeightTransferEngine):
 
     def init_transfer_engine(self, init_info: ShardInit) -> None:
         architecture = read_architecture(Path(self.model_config.model))
-        trainer, parallel = TrainerLayout(**init_info.trainer), self.parallel_config
-        vllm = VllmLayout(parallel.tensor_parallel_size, init_info.servers, parallel.enable_expert_parallel)
-        self._worker = init_info.server * vllm.tensor + parallel.rank
+        trainer, parallel = Layout(**init_info.trainer), self.parallel_config
+        vllm = ServerLayout(parallel.tensor_parallel_size, init_info.servers, parallel.enable_expert_parallel)
+        self._worker = vllm.first_worker(init_info.server) + parallel.rank
         parameters = vllm_parameters(architecture)
         self._shapes = {name: vllm_shape(architecture, parameter, vllm) for name, parameter in parameters.items()}
         self._check_shapes()

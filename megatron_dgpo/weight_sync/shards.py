@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dgpo.config import Rollout
+from megatron_dgpo.layout import Layout, ServerLayout
 from megatron_dgpo.model.collectives import all_gathered, from_rank_0
 from megatron_dgpo.rollout.client import EngineError, Engines
 from megatron_dgpo.weight_sync import shared_memory
@@ -27,8 +28,6 @@ from megatron_dgpo.weight_sync.stream import (
 from megatron_dgpo.weights.architectures import Architecture
 from megatron_dgpo.weights.resharding import (
     Move,
-    TrainerLayout,
-    VllmLayout,
     checksum,
     plan_buckets,
     vllm_parameters,
@@ -57,7 +56,7 @@ class ShardSync:
         engines: Engines | None,
         shards: dict[str, torch.Tensor],
         architecture: Architecture,
-        trainer: TrainerLayout,
+        trainer: Layout,
         rollout: Rollout,
         dtype: torch.dtype,
         in_place: bool,
@@ -69,7 +68,7 @@ class ShardSync:
         self._engines, self._shards, self._dtype = engines, shards, dtype
         self._all, self._workers_per_server = rollout.check_all_weights, rollout.tensor
         servers, rank = from_rank_0(lambda: len(engines.addresses)), dist.get_rank()
-        vllm = VllmLayout(rollout.tensor, servers, rollout.expert_parallel)
+        vllm = ServerLayout.from_config(rollout, servers)
         self._target_shapes = {
             name: vllm_shape(architecture, parameter, vllm) for name, parameter in vllm_parameters(architecture).items()
         }

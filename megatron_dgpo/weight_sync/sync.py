@@ -13,7 +13,6 @@ from megatron.core import parallel_state
 from megatron_dgpo.batch import Batch
 from megatron_dgpo.config import Config
 from megatron_dgpo.model.collectives import broadcast_from_last_stage, from_rank_0
-from megatron_dgpo.model.parallel import trainer_layout
 from megatron_dgpo.model.policy import Policy
 from megatron_dgpo.rollout import server
 from megatron_dgpo.rollout.client import Engines
@@ -101,7 +100,7 @@ class WeightSync(contextlib.ExitStack):
         if kind == "ipc":
             source = FullTensors(modules, architecture, dtype)
             return self.enter_context(IpcSync(self._engines, source, architecture, config.rollout))
-        shards, layout, in_place = dict(named_shards(modules)), trainer_layout(config.parallel), kind == "memory"
+        shards, layout, in_place = dict(named_shards(modules)), self._policy.layout, kind == "memory"
         sync = ShardSync(self._engines, shards, architecture, layout, config.rollout, dtype, in_place)
         return self.enter_context(sync)
 

@@ -6,12 +6,10 @@ Adding a family is an entry in FAMILIES; a new kind of tensor is a line in one o
 from __future__ import annotations
 
 import functools
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_dgpo.config import Parallel
 from megatron_dgpo.errors import UsageError, shown
 from megatron_dgpo.json_file import read_object
 from megatron_dgpo.weights.hf_config import HfConfig, read_hf_config, sliding_window
@@ -296,52 +294,3 @@ def _mixture(path: Path, config: HfConfig, family: Family) -> dict:
         normalized_routing=config.norm_topk_prob or "norm_topk_prob" not in family.defaults,
         renamed=family.renamed,
     )
-
-
-def check_layout(architecture: Architecture, parallel: Parallel, model_dir: Path) -> None:
-    """Raise UsageError when the parallel sizes do not divide the model."""
-
-    def divide(setting: str, size: int, sizes: dict[str, int]) -> None:
-        for name, count in sizes.items():
-            if count % size:
-                common = math.gcd(*sizes.values())
-                legal = [n for n in range(1, common + 1) if common % n == 0]
-                raise UsageError(
-                    f"{setting}={size} does not divide {name}={count} of {model_dir}; use {_listed(legal)}"
-                )
-
-    heads = {
-        "num_attention_heads": architecture.num_attention_heads,
-        "num_key_value_heads": architecture.num_query_groups,
-    }
-    if not architecture.num_experts:
-        heads["intermediate_size"] = architecture.ffn_hidden_size
-    divide("parallel.tensor", parallel.tensor, heads)
-    if architecture.num_experts:
-        divide("parallel.expert", parallel.expert, {"number of experts": architecture.num_experts})
-        ranks = parallel.tensor * (parallel.data or 1)
-        if ranks % parallel.expert:
-            raise UsageError(
-                f"parallel.expert={parallel.expert} does not divide parallel.tensor × data = {ranks}, the ranks of a "
-                "pipeline stage"
-            )
-        if parallel.tensor > 1 and not parallel.sequence:
-            raise UsageError("a mixture of experts with parallel.tensor above 1 needs parallel.sequence=true; set it")
-    elif parallel.expert > 1:
-        raise UsageError(
-            f"parallel.expert={parallel.expert}, but {model_dir} has no mixture of experts; set parallel.expert=1"
-        )
-    if parallel.chunks_per_stage > 1 and parallel.pipeline == 1:
-        raise UsageError(
-            f"parallel.chunks_per_stage={parallel.chunks_per_stage} needs parallel.pipeline above 1; "
-            "set parallel.chunks_per_stage=1"
-        )
-    stages = parallel.pipeline * parallel.chunks_per_stage
-    divide("parallel.pipeline × chunks_per_stage", stages, {"num_hidden_layers": architecture.num_layers})
-    if parallel.sequence and parallel.tensor == 1:
-        raise UsageError("parallel.sequence=true needs parallel.tensor above 1; set parallel.sequence=false")
-
-
-def _listed(numbers: list[int]) -> str:
-    *most, last = [str(n) for n in numbers]
-    return f"{', '.join(most)} or {last}" if most else last

@@ -13,91 +13,31 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_dgpo.errors import UsageError
+from megatron_dgpo.layout import Layout, ServerLayout, vllm_vocab_size
 from megatron_dgpo.weights.architectures import Architecture, expert_of
 from megatron_dgpo.weights.slices import Slice, shard_slices
 
-# vLLM pads its vocabulary to a multiple of this before it splits it (DEFAULT_VOCAB_PADDING_SIZE).
-_VLLM_VOCAB_MULTIPLE = 64
 _CHECKSUM_PERIOD = 65521
 _CHECKSUM_NUMEL = 2**20
 
 
-@dataclass(frozen=True)
-class TrainerLayout:
-    """How Megatron numbers its ranks: tensor parallel fastest, then data, then pipeline."""
-
-    tensor: int
-    pipeline: int
-    chunks_per_stage: int
-    data: int
-    expert: int = 1
-
-    @property
-    def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
-
-    def rank(self, tensor: int, pipeline: int, data: int) -> int:
-        return tensor + self.tensor * (data + self.data * pipeline)
-
-    def expert_rank(self, rank: int) -> int:
-        """Neighbouring ranks of a pipeline stage share its layers' experts."""
-        return rank % (self.tensor * self.data) % self.expert
-
-    def stage(self, architecture: Architecture, name: str) -> int:
-        """Pipeline stage that holds a Megatron parameter (global layer number)."""
-        parts = name.split(".")
-        if parts[:2] == ["decoder", "layers"]:
-            per_chunk = architecture.num_layers // (self.pipeline * self.chunks_per_stage)
-            return int(parts[2]) // per_chunk % self.pipeline
-        return 0 if name.startswith("embedding.") else self.pipeline - 1
-
-    def holders(self, architecture: Architecture, name: str) -> tuple[range, ...]:
-        """The ranks that hold each shard of a Megatron parameter; of one that is held whole there is one shard."""
-        first, expert = self.rank(0, self.stage(architecture, name), 0), expert_of(name)
-        ranks = range(first, first + self.tensor * self.data)
-        if expert is not None:
-            owner = expert * self.expert // architecture.num_experts
-            return (ranks[owner :: self.expert],)
-        if architecture.parameters[name][0] == "copy":
-            return (ranks,)
-        return tuple(ranks[tensor :: self.tensor] for tensor in range(self.tensor))
+def stage_of(architecture: Architecture, layout: Layout, name: str) -> int:
+    """Pipeline stage that holds a Megatron parameter (global layer number)."""
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        return layout.stage_of_layer(int(parts[2]), architecture.num_layers)
+    return 0 if name.startswith("embedding.") else layout.pipeline - 1
 
 
-@dataclass(frozen=True)
-class VllmLayout:
-    """Workers are numbered server by server."""
-
-    tensor: int
-    servers: int
-    expert_parallel: bool = False
-    """Every expert is whole on one of a server's workers; otherwise each is cut over all of them."""
-
-    @property
-    def num_workers(self) -> int:
-        return self.tensor * self.servers
-
-
-def check_vllm_layout(architecture: Architecture, layout: VllmLayout) -> None:
-    """Raise UsageError when vLLM would not cut the model in this way."""
-    size, heads, groups = layout.tensor, architecture.num_attention_heads, architecture.num_query_groups
-    if heads % size:
-        raise UsageError(f"rollout.tensor={size} does not divide num_attention_heads={heads}")
-    if groups % size and size % groups:
-        raise UsageError(f"rollout.tensor={size} and num_key_value_heads={groups}: neither divides the other")
-    if layout.expert_parallel:
-        if not architecture.num_experts or architecture.num_experts % size:
-            raise UsageError(
-                f"rollout.expert_parallel=true, but rollout.tensor={size} does not divide {architecture.num_experts} "
-                "experts; set it to false"
-            )
-    else:
-        ffn = architecture.expert_ffn_hidden_size or architecture.ffn_hidden_size
-        if ffn % size:
-            hint = "; set rollout.expert_parallel=true" if architecture.num_experts else ""
-            raise UsageError(f"rollout.tensor={size} does not divide the intermediate size {ffn}{hint}")
-    if _padded_vocab(architecture) % size:
-        raise UsageError(f"rollout.tensor={size} does not divide the padded vocabulary {_padded_vocab(architecture)}")
+def holders_of(architecture: Architecture, layout: Layout, name: str) -> tuple[range, ...]:
+    """The ranks that hold each shard of a Megatron parameter; of one that is held whole there is one shard."""
+    stage, expert = stage_of(architecture, layout, name), expert_of(name)
+    if expert is not None:
+        return (layout.ranks_of_expert(stage, expert, architecture.num_experts),)
+    ranks = layout.ranks_of_stage(stage)
+    if architecture.parameters[name][0] == "copy":
+        return (ranks,)
+    return tuple(ranks[tensor :: layout.tensor] for tensor in range(layout.tensor))
 
 
 @dataclass(frozen=True)
@@ -199,7 +139,7 @@ def vllm_parameters(architecture: Architecture) -> dict[str, VllmParameter]:
 
 
 def vllm_blocks(
-    architecture: Architecture, parameter: VllmParameter, worker: int, layout: VllmLayout
+    architecture: Architecture, parameter: VllmParameter, worker: int, layout: ServerLayout
 ) -> Iterator[Block]:
     """The blocks that make up the shard of one worker, counted within its server."""
     for expert, sources in enumerate(parameter.experts):
@@ -210,7 +150,7 @@ def vllm_blocks(
 
 
 def _cut_over(
-    architecture: Architecture, parameter: VllmParameter, expert: int, layout: VllmLayout
+    architecture: Architecture, parameter: VllmParameter, expert: int, layout: ServerLayout
 ) -> tuple[int, int, tuple[int, ...]]:
     """(first, number) of a server's workers that an expert is cut over, and its place in each one's stack of them."""
     if not (parameter.stacked and layout.expert_parallel):
@@ -219,11 +159,11 @@ def _cut_over(
     return worker, 1, (place,)
 
 
-def vllm_shape(architecture: Architecture, parameter: VllmParameter, layout: VllmLayout) -> tuple[int, ...]:
+def vllm_shape(architecture: Architecture, parameter: VllmParameter, layout: ServerLayout) -> tuple[int, ...]:
     """Of one worker's shard."""
     if parameter.split == "vocab":
         [[name]] = parameter.experts
-        return _vllm_vocab_rows(architecture, layout.tensor), architecture.hf_shapes[name][1]
+        return vllm_vocab_size(architecture.vocab_size) // layout.tensor, architecture.hf_shapes[name][1]
     _, size, _ = _cut_over(architecture, parameter, 0, layout)
     last = _vllm_slices(architecture, parameter.split, parameter.experts[0], 0, size)[-1]
     block = Block.of_slice(last, architecture)
@@ -239,7 +179,7 @@ def _vllm_slices(architecture: Architecture, split: str, sources: list[str], tp_
         length = shapes[0][1] // tp_size
         return [Slice(sources[0], 1, tp_rank * length, 0, length)]
     if split == "vocab":
-        rows = _vllm_vocab_rows(architecture, tp_size)
+        rows = vllm_vocab_size(architecture.vocab_size) // tp_size
         length = min(rows, architecture.vocab_size - tp_rank * rows)
         return [Slice(sources[0], 0, tp_rank * rows, 0, length)] if length > 0 else []
     if split == "gate_up":
@@ -255,14 +195,6 @@ def _vllm_slices(architecture: Architecture, split: str, sources: list[str], tp_
         Slice(source, 0, start, place, length)
         for source, start, place, length in zip(sources, starts, places, (query, key, key), strict=True)
     ]
-
-
-def _vllm_vocab_rows(architecture: Architecture, tp_size: int) -> int:
-    return _padded_vocab(architecture) // tp_size
-
-
-def _padded_vocab(architecture: Architecture) -> int:
-    return -(-architecture.vocab_size // _VLLM_VOCAB_MULTIPLE) * _VLLM_VOCAB_MULTIPLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,8 +215,8 @@ class _Want:
 
 def plan_moves(
     architecture: Architecture,
-    trainer: TrainerLayout,
-    vllm: VllmLayout,
+    trainer: Layout,
+    vllm: ServerLayout,
     rank: int | None = None,
     worker: int | None = None,
 ) -> Iterator[Move]:
@@ -299,7 +231,7 @@ def plan_moves(
     for target, parameter in vllm_parameters(architecture).items():
         shapes = tuple(architecture.hf_shapes[source] for source in parameter.experts[0])
         for expert, (name, sources) in enumerate(zip(parameter.names, parameter.experts, strict=True)):
-            holders = trainer.holders(architecture, name)
+            holders = holders_of(architecture, trainer, name)
             first, size, stack = _cut_over(architecture, parameter, expert, vllm)
             form = (parameter.split, shapes, len(holders), size)
             if form not in forms:
@@ -356,8 +288,8 @@ def _within(block: Block, start: tuple[int, ...]) -> tuple[int, ...]:
 
 def plan_buckets(
     architecture: Architecture,
-    trainer: TrainerLayout,
-    vllm: VllmLayout,
+    trainer: Layout,
+    vllm: ServerLayout,
     bucket_numel: int,
     rank: int | None = None,
     worker: int | None = None,
@@ -369,7 +301,7 @@ def plan_buckets(
     worker gets, and no rank sends, more than bucket_numel elements and one row of every move in a bucket.
     """
     # Where more workers than a pipeline stage has ranks want its layers, a rank sends to several at once.
-    numel = max(1, bucket_numel // math.ceil(vllm.num_workers / (trainer.tensor * trainer.data)))
+    numel = max(1, bucket_numel // math.ceil(vllm.num_workers / trainer.stage_size))
     spans, end = {}, 0
     for name, parameter in vllm_parameters(architecture).items():
         start, end = end, end + math.prod(vllm_shape(architecture, parameter, vllm))

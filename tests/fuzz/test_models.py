@@ -10,10 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_dgpo import legality
 from megatron_dgpo.config import Parallel
 from megatron_dgpo.errors import UsageError
+from megatron_dgpo.layout import Layout
 from megatron_dgpo.manifest import MANIFEST, check_architecture, newest, read_manifest
-from megatron_dgpo.weights.architectures import FAMILIES, check_layout, read_architecture
+from megatron_dgpo.weights.architectures import FAMILIES, read_architecture
 from megatron_dgpo.weights.convert import Job, convert
 from megatron_dgpo.weights.directory import HfDirectory
 from megatron_dgpo.weights.distributed import DistributedCheckpoint
@@ -93,7 +95,7 @@ def test_config(copies, content, parallel):
     architecture = outcome(read_architecture, folder)
     if architecture:
         assert len(architecture.hf_shapes) <= MOST_TENSORS
-        outcome(check_layout, architecture, parallel, folder)
+        legality.first(legality.of_model(architecture, Layout.from_config(parallel), folder))
         outcome(check_weights, architecture, folder)
 
 

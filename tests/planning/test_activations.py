@@ -6,8 +6,8 @@ differs from a GPU, whose kernels this test cannot run.
 
 import pytest
 
-from megatron_dgpo.planning.layout import TrainerSide, Workload
 from megatron_dgpo.planning.memory import activations, chunk_activations, layer_activations
+from megatron_dgpo.planning.sides import TrainerSide, Workload
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.weights.architectures import read_architecture
 from tests.layouts import make_config

@@ -1,12 +1,19 @@
 """Legality: what the planner calls legal builds; what it refuses, the trainer, Megatron-Core or vLLM refuses."""
 
 import itertools
+import random
 
 import pytest
 
+from megatron_dgpo import legality
+from megatron_dgpo.config import Batching, Config, Parallel, Rollout
 from megatron_dgpo.errors import UsageError
-from megatron_dgpo.planning.layout import RolloutSide, TrainerSide, Workload, refusal, rollout_refusal, trainer_sides
-from megatron_dgpo.weights.architectures import check_layout, read_architecture
+from megatron_dgpo.layout import Layout, ServerLayout
+from megatron_dgpo.planning.models import shape
+from megatron_dgpo.planning.plan import sides_of, workload_of
+from megatron_dgpo.planning.sides import RolloutSide, TrainerSide, Workload, refusal, rollout_refusal, trainer_sides
+from megatron_dgpo.preflight import check_layout
+from megatron_dgpo.weights.architectures import FAMILIES, Architecture, Family, read_architecture
 from tests.layouts import make_config
 from tests.ranks import run_ranks
 from tools.tiny_models import make_tiny_model
@@ -57,7 +64,7 @@ def _build(model_dir, side):
     init_device()
     config = make_config(model_dir, side.parallel().model_dump())
     architecture = read_architecture(model_dir)
-    # Not check_layout: what it forbids is to fail by itself here.
+    # Without legality.py's rules: what they forbid is to fail by itself here.
     initialize_parallel(config.parallel, 1)
     chunks = build_chunks(config, architecture)
     with torch.no_grad():
@@ -65,7 +72,7 @@ def _build(model_dir, side):
             for parameter in chunk.parameters():
                 parameter.fill_(0.01)
         batch = Batch.from_sequences([[5, 6]] * 4, [[7, 8, 9, 10]] * 4, multiple_of=4)
-        run_schedule(chunks, batch.split(1), lambda batch, index, states, head: states.sum())
+        run_schedule(chunks, batch.split(1), lambda batch, states, head: states.sum())
 
 
 @pytest.mark.parametrize("family", ("qwen3", "qwen3_moe"))
@@ -80,26 +87,19 @@ def test_legal_layouts_build_and_run(family, tmp_path):
 
 @pytest.mark.parametrize("family", ("qwen3", "qwen3_moe"))
 def test_refused_layouts_are_refused_by_the_trainer(family, tmp_path):
-    """By check_layout, which every command calls, or when the process groups are made."""
+    """By the rules that every command goes through, or when the process groups are made."""
     model_dir = model_dirs(tmp_path)[family]
     architecture = read_architecture(model_dir)
     left = []
     for side in candidates(architecture):
-        if refusal(architecture, side, WORK, 8) is None:
-            continue
-        try:
-            check_layout(architecture, side.parallel(), model_dir)
+        if refusal(architecture, side, WORK, 8) and not legality.first(legality.of_model(architecture, side, "it")):
             left.append(side)
-        except UsageError:
-            pass
     assert len(left) < len(candidates(architecture)) / 2
     for side in left:
         assert all(run_ranks(try_to_build, WORLD, model_dir, side)), side
 
 
 def test_step_sizes_are_refused_as_preflight_refuses_them(tmp_path):
-    from megatron_dgpo.preflight import _check_step_sizes
-
     architecture = read_architecture(model_dirs(tmp_path)["qwen3"])
     compared = set()
     for prompts, group, minibatches, rows, chunks, data in itertools.product(
@@ -114,7 +114,7 @@ def test_step_sizes_are_refused_as_preflight_refuses_them(tmp_path):
             batch={"minibatches": minibatches, "micro_batch_size": rows},
         )
         try:
-            _check_step_sizes(config, data)
+            check_layout("train", config, architecture, side)
             accepted = True
         except UsageError:
             accepted = False
@@ -147,7 +147,7 @@ def test_vllm_refuses_what_the_planner_refuses():
             accepted = True
         except AssertionError:
             accepted = False
-        assert (rollout_refusal(architecture, RolloutSide(tensor, 1, False), 8) is None) == accepted
+        assert (rollout_refusal(architecture, RolloutSide(tensor), 8) is None) == accepted
         compared.add(accepted)
     assert compared == {True, False}
 
@@ -166,3 +166,58 @@ def test_search_leaves_no_legal_layout_out(tmp_path):
         if refusal(architecture, s, WORK, 8) is None
     }
     assert legal <= listed
+
+
+def random_architecture(family: Family, draw: random.Random) -> Architecture:
+    """Of a size that something divides."""
+    groups, layers = draw.choice((1, 2, 3, 4)), draw.choice((4, 6, 12))
+    heads, ffn, vocab = groups * draw.choice((1, 2, 4)), draw.choice((96, 100)), draw.choice((131, 320))
+    experts = (draw.choice((4, 6, 8)), 2, draw.choice((96, 100))) if family.expert_ffn else (0, 0, 0)
+    return shape(family.name, layers, 64, ffn, heads, groups, vocab, experts=experts)
+
+
+def random_config(base: Config, draw: random.Random) -> tuple[Config, int]:
+    """With the number of ranks it is to run on."""
+    tensor, pipeline, replicas = (draw.choice((1, 1, 2, 2, 3, 4)) for _ in range(3))
+    parallel = Parallel(
+        tensor=tensor,
+        pipeline=pipeline,
+        chunks_per_stage=draw.choice((1, 1, 2, 3)),
+        expert=draw.choice((1, 1, 1, 2, 4)),
+        data=draw.choice((None, replicas)),
+        sequence=draw.random() < (0.9 if tensor > 1 else 0.1),
+    )
+    rollout = Rollout(
+        prompts_per_step=draw.choice((4, 8, 12, 24)),
+        group_size=draw.choice((1, 3, 4)),
+        tensor=draw.choice((1, 1, 2, 3, 5)),
+        servers=draw.choice((1, 2)),
+        expert_parallel=draw.random() < 0.2,
+    )
+    batch = Batching(micro_batch_size=draw.choice((1, 1, 2, 3)), minibatches=draw.choice((1, 1, 2, 3)))
+    update = {"parallel": parallel, "rollout": rollout, "batch": batch}
+    return base.model_copy(update=update), tensor * pipeline * replicas
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_planner_and_preflight_never_disagree(family, tmp_path):
+    """On 1,000 random layouts: they accept the same, and say the same of what they refuse.
+
+    Machines are as large as the job: that tensor parallelism stays inside one is a rule of the planner alone.
+    """
+    draw, base, accepted = random.Random(family), make_config(tmp_path), 0
+    for _ in range(1000):
+        architecture = random_architecture(FAMILIES[family], draw)
+        config, ranks = random_config(base, draw)
+        try:
+            check_layout("train", config, architecture, Layout.from_config(config.parallel, ranks))
+            found = None
+        except UsageError as error:
+            found = str(error)
+        gpus = ranks + ServerLayout.from_config(config.rollout).num_workers
+        trainer, rollout = sides_of(config, gpus, gpus)
+        planned = refusal(architecture, trainer, workload_of(config, 8, 8), gpus, str(tmp_path))
+        planned = planned or rollout_refusal(architecture, rollout, gpus)
+        assert found == planned, (architecture, config)
+        accepted += found is None
+    assert 30 < accepted < 970

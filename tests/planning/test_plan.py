@@ -6,8 +6,8 @@ import pytest
 
 from megatron_dgpo.planning import memory
 from megatron_dgpo.planning.hardware import GPUS
-from megatron_dgpo.planning.layout import RolloutSide, TrainerSide, Workload
 from megatron_dgpo.planning.plan import EQUAL, Planner, choose
+from megatron_dgpo.planning.sides import RolloutSide, TrainerSide, Workload
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.planning.step_time import Cluster, rollout_time, update_time
 from megatron_dgpo.weights.architectures import Architecture
@@ -67,7 +67,7 @@ def test_time_follows_its_causes():
 
 
 def test_decoding_is_bound_by_memory_until_the_batch_is_large():
-    sizes, rollout = Sizes(SEVEN), RolloutSide(1, 4, False)
+    sizes, rollout = Sizes(SEVEN), RolloutSide(1, 4)
     _, few = rollout_time(sizes, WORK, rollout, H100, 16)
     _, many = rollout_time(sizes, WORK, rollout, H100, 128)
     assert few.bound == "memory" and few.total > 2 * many.total
@@ -81,7 +81,7 @@ def test_a_weight_update_has_its_memory():
     planner = Planner(sizes, WORK, H100)
     assert memory.trainer_memory(sizes, WORK, TrainerSide(2, 2, 2), 0)["weight transfer's NCCL"] == 2**29
     for shared in (True, False):
-        rollout = RolloutSide(8, 1, shared, shared)
+        rollout = RolloutSide(8, 1, shared=shared, sleep=shared)
         items = planner.server(rollout, 0.5).memory
         assert items["weight transfer's NCCL"] == 2**29
         update = memory.ipc_update(sizes, 8, 2)

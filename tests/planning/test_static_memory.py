@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from megatron_dgpo.planning.layout import TrainerSide
+from megatron_dgpo.layout import Layout
 from megatron_dgpo.planning.memory import static_memory
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.weights.architectures import read_architecture
@@ -102,26 +102,17 @@ def test_bytes_equal_megatrons(family, world, tmp_path):
     sizes = Sizes(read_architecture(model_dir))
     for _, parallel, dtype in layouts:
         ranks = run_ranks(allocated, world, model_dir, parallel, dtype)
-        side = TrainerSide(
+        layout = Layout(
             parallel.get("tensor", 1),
             parallel.get("pipeline", 1),
             parallel.get("data", 1),
             parallel.get("chunks_per_stage", 1),
             parallel.get("expert", 1),
         )
-        for stage in range(side.pipeline):
+        for stage in range(layout.pipeline):
             found = [rank[1:] for rank in ranks if rank[0] == stage]
-            expected = static_memory(
-                sizes,
-                stage,
-                side.tensor,
-                side.pipeline,
-                side.chunks,
-                side.data,
-                side.expert,
-                parallel["distributed_optimizer"],
-                2 if dtype == "bfloat16" else 4,
-            )
+            e = 2 if dtype == "bfloat16" else 4
+            expected = static_memory(sizes, stage, layout, parallel["distributed_optimizer"], e)
             where = f"{family} {parallel} {dtype} stage {stage}"
             assert {(w, g) for w, g, _ in found} == {(expected.weights, expected.gradients)}, where
             assert max(o for _, _, o in found) == expected.optimizer, where

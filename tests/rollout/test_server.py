@@ -13,13 +13,13 @@ import torch.distributed as dist
 
 from megatron_dgpo import process
 from megatron_dgpo.experience import request_seeds
+from megatron_dgpo.layout import Layout
 from megatron_dgpo.rollout import client, server
 from megatron_dgpo.rollout.client import EngineError, Engines
 from megatron_dgpo.rollout.sample import Prompt
 from megatron_dgpo.weight_sync.canary import check_servers
 from megatron_dgpo.weight_sync.shards import ShardSync, StaleWeightsError
 from megatron_dgpo.weights.architectures import read_architecture
-from megatron_dgpo.weights.resharding import TrainerLayout
 from tests.full_tensors import megatron_shard
 from tests.layouts import make_config
 from tools.tiny_models import make_tiny_model
@@ -51,7 +51,7 @@ class Live:
 
     def start(self):
         self.engines.wait_until_healthy(240)
-        layout, rollout = TrainerLayout(1, 1, 1, 1), self.config.rollout
+        layout, rollout = Layout(), self.config.rollout
         self.sync = ShardSync(
             self.engines, self.shards, self.architecture, layout, rollout, torch.float32, in_place=True
         )

@@ -81,7 +81,7 @@ def push(folder, model, tensor, parallel, addresses, version, kill=None, in_plac
 
     from megatron_dgpo.model.collectives import from_rank_0
     from megatron_dgpo.model.device import init_device
-    from megatron_dgpo.model.parallel import initialize_parallel, trainer_layout
+    from megatron_dgpo.model.parallel import initialize_parallel
     from megatron_dgpo.model.policy import Policy
     from megatron_dgpo.rollout.client import Engines
     from megatron_dgpo.weight_sync.shards import ShardSync
@@ -101,7 +101,7 @@ def push(folder, model, tensor, parallel, addresses, version, kill=None, in_plac
         parallel_state.get_tensor_model_parallel_world_size(),
     )
     engines = Engines(addresses, SECRET, 60, [2]) if dist.get_rank() == 0 else None
-    shards, layout = dict(named_shards(policy.modules)), trainer_layout(config.parallel)
+    shards, layout = dict(named_shards(policy.modules)), policy.layout
     sync = ShardSync(engines, shards, architecture, layout, config.rollout, torch.float32, in_place)
     if kill is not None and dist.get_rank() == dist.get_world_size() - 1:
         make_piece, made = sync._piece, []

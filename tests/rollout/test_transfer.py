@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dgpo.config import Rollout, load_config
+from megatron_dgpo.layout import Layout, ServerLayout
 from megatron_dgpo.planning.plan import sides_of
 from megatron_dgpo.rollout import client
 from megatron_dgpo.rollout.client import BROKEN, EngineError, Engines
@@ -25,8 +26,6 @@ from megatron_dgpo.weight_sync.stream import CalledOffError, call_off, join_grou
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.resharding import (
     Move,
-    TrainerLayout,
-    VllmLayout,
     block,
     plan_buckets,
     vllm_blocks,
@@ -159,15 +158,13 @@ def test_recipes_need_one_communicator(recipe, tmp_path, monkeypatch):
     settings = json.loads((ROOT / "examples" / recipe / "model" / "config.json").read_text())
     settings["num_hidden_layers"] = trainer.pipeline * trainer.chunks
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    layout = TrainerLayout(trainer.tensor, trainer.pipeline, trainer.chunks, trainer.data, trainer.expert)
-    vllm = VllmLayout(rollout.tensor, rollout.servers, config.rollout.expert_parallel)
-    plan, calls = recorded(layout, vllm, read_architecture(tmp_path), config.rollout.bucket_bytes // 2)
+    plan, calls = recorded(trainer, rollout, read_architecture(tmp_path), config.rollout.bucket_bytes // 2)
     assert len(plan) > 1
     taking_part = defaultdict(set)
     for index, bucket in enumerate(plan):
         for move in bucket:
             taking_part[move.rank].add(index)
-            taking_part[layout.world_size + move.worker].add(index)
+            taking_part[trainer.world_size + move.worker].add(index)
     messages = {}
     for member, own in calls.items():
         groups = group_calls(own)
@@ -402,9 +399,7 @@ def test_a_push_that_breaks_off_resumes_the_servers(servers, one_rank, model):
     architecture, full = model
     found, engines = servers((), ())
     rollout = Rollout(servers=2, transport="memory")
-    sync = ShardSync(
-        engines, shards_of(architecture, full), architecture, TrainerLayout(1, 1, 1, 1), rollout, torch.bfloat16, True
-    )
+    sync = ShardSync(engines, shards_of(architecture, full), architecture, Layout(), rollout, torch.bfloat16, True)
     sync._piece = None
     with pytest.raises(StaleWeightsError, match="trainer rank 0"):
         sync.push(1)
@@ -515,7 +510,7 @@ def test_ipc_checks_what_each_worker_holds(ipc, model):
     """Exactly, for fused and stacked parameters: one that kept an element of before is named."""
     architecture, full = model
     [server], sync = ipc(())
-    held = held_by_workers(architecture, full, VllmLayout(2, 1))
+    held = held_by_workers(architecture, full, ServerLayout(2, 1))
     sync.push(3)
 
     def report():

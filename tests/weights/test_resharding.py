@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from megatron_dgpo.config import load_config
+from megatron_dgpo.layout import Layout, ServerLayout
 from megatron_dgpo.weights.architectures import expert_of, read_architecture
 from megatron_dgpo.weights.resharding import (
-    TrainerLayout,
-    VllmLayout,
     checksum,
     plan_buckets,
     plan_moves,
+    stage_of,
     vllm_parameters,
     vllm_shape,
     wrapped_sum,
@@ -26,13 +26,13 @@ from tools.tiny_models import make_tiny_model
 
 VOCAB = 131  # no group size divides it
 TRAINERS = [
-    TrainerLayout(tensor, pipeline, chunks, data)
+    Layout(tensor, pipeline, data, chunks)
     for tensor in (1, 2, 4)
     for pipeline, chunks in ((1, 1), (2, 1), (2, 2))
     for data in (1, 3)
 ]
 
-EXPERT_TRAINERS = [TrainerLayout(1, 2, 1, 2, 2), TrainerLayout(2, 1, 1, 2, 4), TrainerLayout(2, 2, 2, 2, 2)]
+EXPERT_TRAINERS = [Layout(1, 2, 2, expert=2), Layout(2, 1, 2, expert=4), Layout(2, 2, 2, 2, 2)]
 
 
 @pytest.fixture(scope="module", params=["qwen2", "qwen3", "llama", "qwen3_moe", "mixtral"])
@@ -87,12 +87,12 @@ def cut(architecture, full, split, sources, rank, size):
 @pytest.mark.parametrize(
     "vllm",
     [
-        VllmLayout(1, 1),
-        VllmLayout(2, 2),
-        VllmLayout(4, 1),
-        VllmLayout(8, 1),
-        VllmLayout(2, 2, expert_parallel=True),
-        VllmLayout(4, 1, expert_parallel=True),
+        ServerLayout(1, 1),
+        ServerLayout(2, 2),
+        ServerLayout(4, 1),
+        ServerLayout(8, 1),
+        ServerLayout(2, 2, expert_parallel=True),
+        ServerLayout(4, 1, expert_parallel=True),
     ],
 )
 def test_workers_get_their_own_shards_once(model, vllm):
@@ -113,7 +113,7 @@ def check_plan(architecture, full, trainer, vllm):
     # Many parameters are larger than a bucket, and are cut.
     for move in itertools.chain.from_iterable(plan_buckets(architecture, trainer, vllm, 20_000)):
         stage = move.rank // (trainer.tensor * trainer.data)
-        assert stage == trainer.stage(architecture, move.source)
+        assert stage == stage_of(architecture, trainer, move.source)
         place = (move.rank % trainer.tensor, trainer.tensor)
         expert = expert_of(move.source)
         if expert is not None:
@@ -138,11 +138,11 @@ def check_plan(architecture, full, trainer, vllm):
 
 def few_layouts(architecture):
     """Of trainer and servers: one for one, replicas that do not come out even, and experts in both ways."""
-    yield TrainerLayout(1, 1, 1, 1), VllmLayout(2, 3)
-    yield TrainerLayout(2, 2, 2, 3), VllmLayout(8, 1)
+    yield Layout(), ServerLayout(2, 3)
+    yield Layout(2, 2, 3, 2), ServerLayout(8, 1)
     if architecture.num_experts:
-        yield TrainerLayout(2, 1, 1, 2, 4), VllmLayout(2, 3)
-        yield TrainerLayout(1, 2, 1, 4, 2), VllmLayout(4, 2, expert_parallel=True)
+        yield Layout(2, 1, 2, expert=4), ServerLayout(2, 3)
+        yield Layout(1, 2, 4, expert=2), ServerLayout(4, 2, expert_parallel=True)
 
 
 def test_each_side_plans_its_own_moves_only(model):
@@ -162,7 +162,7 @@ def test_each_side_plans_its_own_moves_only(model):
 def test_replicas_share_the_sending(model, servers, data):
     """Ranks with the same shards differ by what one worker gets of one layer, however they come out."""
     architecture, _ = model
-    trainer, vllm = TrainerLayout(2, 1, 1, data), VllmLayout(2, servers)
+    trainer, vllm = Layout(2, 1, data), ServerLayout(2, servers)
     sent = {rank: 0 for rank in range(trainer.world_size)}
     for move in plan_moves(architecture, trainer, vllm):
         sent[move.rank] += move.numel
@@ -192,8 +192,8 @@ def largest():
     folder = Path(__file__).parents[2] / "examples" / "qwen3-235b-a22b"
     config = load_config(folder / "config.yaml")
     parallel, rollout = config.parallel, config.rollout
-    trainer = TrainerLayout(parallel.tensor, parallel.pipeline, 1, parallel.data, parallel.expert)
-    return read_architecture(folder / "model"), trainer, VllmLayout(rollout.tensor, 16), rollout.bucket_bytes // 2
+    trainer = Layout.from_config(parallel)
+    return read_architecture(folder / "model"), trainer, ServerLayout(rollout.tensor, 16), rollout.bucket_bytes // 2
 
 
 @pytest.mark.parametrize("side, other", [("rank", "worker"), ("worker", "rank")])
@@ -225,7 +225,7 @@ def test_the_plan_of_the_largest_recipe_is_small_and_even(largest, side, other):
 def test_workers_have_few_senders(largest):
     """Only experts come from everywhere: without any, a worker of 64 hears from one rank in every pipeline stage."""
     architecture = dataclasses.replace(largest[0], num_experts=0, num_layers=8)
-    trainer, vllm = TrainerLayout(2, 4, 1, 8), VllmLayout(8, 8)
+    trainer, vllm = Layout(2, 4, 8), ServerLayout(8, 8)
     for worker in (0, 13, 63):
         assert len({move.rank for move in plan_moves(architecture, trainer, vllm, worker=worker)}) <= 2 * 4
 

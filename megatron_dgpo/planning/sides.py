@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
+from megatron_dgpo import legality
 from megatron_dgpo.config import Parallel
-from megatron_dgpo.errors import UsageError
-from megatron_dgpo.weights.architectures import Architecture, check_layout
-from megatron_dgpo.weights.resharding import VllmLayout, check_vllm_layout
+from megatron_dgpo.layout import Layout, ServerLayout
+from megatron_dgpo.weights.architectures import Architecture
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -52,35 +53,22 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class TrainerSide:
-    """The trainer's ranks. Megatron numbers them tensor-parallel fastest, then data, then pipeline."""
+class TrainerSide(Layout):
+    """The trainer's ranks, and what they keep where."""
 
-    tensor: int
-    pipeline: int
-    data: int
-    chunks: int = 1
-    expert: int = 1
-    sequence: bool = False
     distributed_optimizer: bool = False
     recompute: Recompute = "none"
     reference: Literal["device", "host", "none"] = "device"
     micro_batch: int = 1
 
-    @property
-    def gpus(self) -> int:
-        return self.tensor * self.pipeline * self.data
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """The sizes alone: what depends on nothing else is kept by them."""
+        return Layout(**{field.name: getattr(self, field.name) for field in fields(Layout)})
 
     def parallel(self) -> Parallel:
         """The trainer's settings."""
-        return Parallel(
-            tensor=self.tensor,
-            pipeline=self.pipeline,
-            chunks_per_stage=self.chunks,
-            data=self.data,
-            sequence=self.sequence,
-            distributed_optimizer=self.distributed_optimizer,
-            expert=self.expert,
-        )
+        return Parallel(**self.settings(), distributed_optimizer=self.distributed_optimizer)
 
     def __str__(self) -> str:
         parts = [f"TP{self.tensor}{'+SP' if self.sequence else ''}", f"PP{self.pipeline}"]
@@ -93,17 +81,11 @@ class TrainerSide:
 
 
 @dataclass(frozen=True)
-class RolloutSide:
+class RolloutSide(ServerLayout):
     """The vLLM servers, on the trainer's GPUs (shared) or on their own. sleep: shared ones leave while it trains."""
 
-    tensor: int
-    servers: int
-    shared: bool
+    shared: bool = False
     sleep: bool = False
-
-    @property
-    def gpus(self) -> int:
-        return self.tensor * self.servers
 
     def __str__(self) -> str:
         place = ("asleep in training" if self.sleep else "shared") if self.shared else "separate"
@@ -113,38 +95,21 @@ class RolloutSide:
 def refusal(
     architecture: Architecture, trainer: TrainerSide, work: Workload, gpus_per_node: int, name: str = "the model"
 ) -> str | None:
-    """Why the trainer, Megatron-Core or its preflight checks would not accept the layout; None: they do."""
-    try:
-        check_layout(architecture, trainer.parallel(), name)
-    except UsageError as error:
-        return str(error)
-    if trainer.tensor > gpus_per_node:
-        return f"parallel.tensor={trainer.tensor} is more than the {gpus_per_node} GPUs of a machine"
-    if work.prompts % trainer.data:
-        return f"prompts_per_step={work.prompts} is not a multiple of {trainer.data} data-parallel replicas"
-    rows = work.rows // trainer.data
-    if rows % work.minibatches or rows // work.minibatches % trainer.micro_batch:
-        return (
-            f"{rows} responses a replica are not whole micro-batches of {trainer.micro_batch} in {work.minibatches} "
-            "minibatches"
+    """Why the trainer or Megatron-Core would not accept the layout, or the planner plan it; None: they do."""
+    step = work.prompts, work.group, work.minibatches, trainer.micro_batch
+    return legality.first(
+        itertools.chain(
+            legality.of_model(architecture, trainer, name),
+            legality.of_machine("parallel.tensor", trainer.tensor, gpus_per_node),
+            legality.of_step(trainer, *step),
         )
-    if trainer.chunks > 1 and rows // work.minibatches // trainer.micro_batch % trainer.pipeline:
-        return (
-            f"an interleaved pipeline needs a multiple of parallel.pipeline={trainer.pipeline} micro-batches, not "
-            f"{rows // work.minibatches // trainer.micro_batch}"
-        )
-    return None
+    )
 
 
 def rollout_refusal(architecture: Architecture, rollout: RolloutSide, gpus_per_node: int) -> str | None:
-    """Why vLLM would not accept the server's layout; None: it does."""
-    try:
-        check_vllm_layout(architecture, VllmLayout(rollout.tensor, rollout.servers))
-    except UsageError as error:
-        return str(error)
-    if rollout.tensor > gpus_per_node:
-        return f"rollout.tensor={rollout.tensor} is more than the {gpus_per_node} GPUs of a machine"
-    return None
+    """Why vLLM would not accept the server's layout, or the planner plan it; None: they do."""
+    machine = legality.of_machine("rollout.tensor", rollout.tensor, gpus_per_node)
+    return legality.first(itertools.chain(legality.of_server(architecture, rollout), machine))
 
 
 def divisors(number: int) -> list[int]:
@@ -217,5 +182,5 @@ def rollout_sides(
 ) -> Iterator[tuple[RolloutSide, str | None]]:
     for tensor in divisors(gpus):
         if tensor <= gpus_per_node:
-            rollout = RolloutSide(tensor, gpus // tensor, shared, sleep=shared)
+            rollout = RolloutSide(tensor, gpus // tensor, shared=shared, sleep=shared)
             yield rollout, rollout_refusal(architecture, rollout, gpus_per_node)

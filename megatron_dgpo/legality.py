@@ -1,0 +1,226 @@
+"""Which layouts are refused and why: every rule of the trainer, Megatron-Core, vLLM and the machines, written once.
+
+Each function yields its refusals, sentences that name the setting, its value and what to do; one may make sense only
+where those before it do not hold, so that readers take the first: preflight, launcher and sbatch raise it, the planner
+keeps it beside the layout. Needs no PyTorch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+from megatron_dgpo.config import Parallel
+from megatron_dgpo.errors import UsageError
+from megatron_dgpo.layout import Layout, ServerLayout, vllm_vocab_size
+from megatron_dgpo.weights.architectures import Architecture
+
+PROCESSES_PER_CORE = 16
+"""More ranks and servers' workers than that, each a Python process with PyTorch, a CPU only swaps."""
+_RANKS = "parallel.tensor × pipeline × data"
+_WORKERS = "rollout.servers × rollout.tensor"
+
+
+def check(refusals: Iterable[str]) -> None:
+    """Raise UsageError with the first."""
+    for refusal in refusals:
+        raise UsageError(refusal)
+
+
+def first(refusals: Iterable[str]) -> str | None:
+    return next(iter(refusals), None)
+
+
+# The trainer's sizes
+
+
+def of_world(parallel: Parallel, world_size: int) -> Iterator[str]:
+    """Ranks that are no whole number of replicas, or not as many as asked for."""
+    layout = Layout.from_config(parallel)
+    sizes = f"parallel.tensor={layout.tensor} × parallel.pipeline={layout.pipeline}"
+    if parallel.data is not None and layout.world_size != world_size:
+        yield (
+            f"{sizes} × parallel.data={parallel.data} = {layout.world_size} ranks, but {world_size} were started; "
+            f"start {layout.world_size}, or leave parallel.data out"
+        )
+    if world_size % layout.model_size:
+        yield (
+            f"{sizes} = {layout.model_size} ranks do not fill {world_size} ranks; start a multiple of "
+            f"{layout.model_size}, or change the sizes"
+        )
+
+
+def of_model(architecture: Architecture, layout: Layout, name: object) -> Iterator[str]:
+    """Sizes that do not divide the model, or are not for its kind. name: what the sentences call it."""
+    heads = {
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_key_value_heads": architecture.num_query_groups,
+    }
+    if not architecture.num_experts:
+        heads["intermediate_size"] = architecture.ffn_hidden_size
+    yield from _undivided("parallel.tensor", layout.tensor, heads, name)
+    if architecture.num_experts:
+        yield from _of_mixture(architecture, layout, name)
+    elif layout.expert > 1:
+        yield f"parallel.expert={layout.expert}, but {name} has no mixture of experts; set parallel.expert=1"
+    if layout.chunks > 1 and layout.pipeline == 1:
+        yield (
+            f"parallel.chunks_per_stage={layout.chunks} needs parallel.pipeline above 1; "
+            "set parallel.chunks_per_stage=1"
+        )
+    layers = {"num_hidden_layers": architecture.num_layers}
+    yield from _undivided("parallel.pipeline × chunks_per_stage", layout.total_chunks, layers, name)
+    if layout.sequence and layout.tensor == 1:
+        yield "parallel.sequence=true needs parallel.tensor above 1; set parallel.sequence=false"
+
+
+def _of_mixture(architecture: Architecture, layout: Layout, name: object) -> Iterator[str]:
+    yield from _undivided("parallel.expert", layout.expert, {"number of experts": architecture.num_experts}, name)
+    if layout.stage_size % layout.expert:
+        yield (
+            f"parallel.expert={layout.expert} does not divide parallel.tensor × data = {layout.stage_size}, the ranks "
+            "of a pipeline stage"
+        )
+    if layout.tensor > 1 and not layout.sequence:
+        yield "a mixture of experts with parallel.tensor above 1 needs parallel.sequence=true; set it"
+
+
+def _undivided(setting: str, size: int, counts: dict[str, int], name: object) -> Iterator[str]:
+    common = math.gcd(*counts.values())
+    for what, count in counts.items():
+        if count % size:
+            *most, last = [str(n) for n in range(1, common + 1) if common % n == 0]
+            legal = f"{', '.join(most)} or {last}" if most else last
+            yield f"{setting}={size} does not divide {what}={count} of {name}; use {legal}"
+
+
+def of_step(layout: Layout, prompts: int, group: int, minibatches: int, micro_batch: int) -> Iterator[str]:
+    """A training step's responses that replicas, minibatches and micro-batches do not share evenly."""
+    if prompts % layout.data:
+        yield f"rollout.prompts_per_step={prompts} is not a multiple of the {layout.data} data-parallel replicas"
+    rows = prompts // layout.data * group
+    if rows % minibatches:
+        yield (
+            f"batch.minibatches={minibatches} does not divide the {rows} responses of a replica (prompts_per_step × "
+            "group_size / replicas)"
+        )
+    name = "rollout.prompts_per_step × group_size / replicas / minibatches"
+    yield from of_rows(layout, name, rows, minibatches, micro_batch)
+
+
+def of_rows(layout: Layout, name: str, rows: int, parts: int, micro_batch: int) -> Iterator[str]:
+    """Each of `parts` equal parts of the rows is whole micro-batches and, interleaved, whole rounds of them. name: of
+    a part."""
+    part, rest = divmod(rows, parts)
+    if rest or part == 0 or part % micro_batch:
+        yield f"{name} = {part} is not a multiple of batch.micro_batch_size={micro_batch}; choose a divisor of it"
+    if layout.chunks > 1 and part // micro_batch % layout.pipeline:
+        yield (
+            f"an interleaved pipeline needs a multiple of parallel.pipeline={layout.pipeline} micro-batches, "
+            f"and {name} gives {part // micro_batch}; change batch.micro_batch_size"
+        )
+
+
+# A server's sizes
+
+
+def of_server(architecture: Architecture, server: ServerLayout) -> Iterator[str]:
+    """Sizes by which vLLM would not cut the model."""
+    size, heads, groups = server.tensor, architecture.num_attention_heads, architecture.num_query_groups
+    if heads % size:
+        yield f"rollout.tensor={size} does not divide num_attention_heads={heads}"
+    if groups % size and size % groups:
+        yield f"rollout.tensor={size} and num_key_value_heads={groups}: neither divides the other"
+    ffn = architecture.expert_ffn_hidden_size or architecture.ffn_hidden_size
+    if server.expert_parallel:
+        if not architecture.num_experts or architecture.num_experts % size:
+            yield (
+                f"rollout.expert_parallel=true, but rollout.tensor={size} does not divide {architecture.num_experts} "
+                "experts; set it to false"
+            )
+    elif ffn % size:
+        hint = "; set rollout.expert_parallel=true" if architecture.num_experts else ""
+        yield f"rollout.tensor={size} does not divide the intermediate size {ffn}{hint}"
+    vocab = vllm_vocab_size(architecture.vocab_size)
+    if vocab % size:
+        yield f"rollout.tensor={size} does not divide the padded vocabulary {vocab}"
+
+
+# Machines
+
+
+def of_machine(setting: str, size: int, gpus: int) -> Iterator[str]:
+    """The planner's: both kinds of tensor parallelism stay inside a machine, where its formulas know the links."""
+    if size > gpus:
+        yield f"{setting}={size} is more than the {gpus} GPUs of a machine"
+
+
+def of_cores(ranks: int, workers: int, cores: int) -> Iterator[str]:
+    """Ranks and vLLM's workers that start together on a machine without GPUs."""
+    if ranks + workers > PROCESSES_PER_CORE * cores:
+        yield (
+            f"{ranks} ranks ({_RANKS}) and {workers} vLLM workers (rollout.servers × tensor) are too many for the "
+            f"{cores} CPU cores of this machine"
+        )
+
+
+def of_gpus(ranks: int, workers: int, gpus: int, sleep: bool) -> Iterator[str]:
+    """The servers' GPUs are the first ones of the ranks if they sleep, and otherwise the next ones."""
+    if ranks > gpus:
+        yield f"{_RANKS} = {ranks} ranks here, but this machine has {gpus} GPUs"
+    if sleep and workers > ranks:
+        yield (
+            f"rollout.sleep=true shares the ranks' GPUs, but {_WORKERS} = {workers} GPUs, and {_RANKS} = {ranks} "
+            "ranks: a worker would be on a GPU that no rank sends its weights from; use as many ranks, or fewer workers"
+        )
+    if not sleep and ranks + workers > gpus:
+        yield (
+            f"{_RANKS} = {ranks} and {_WORKERS} = {workers} GPUs are more than the {gpus} of this machine; use "
+            "fewer, or let the servers share the ranks' GPUs with rollout.sleep=true"
+        )
+
+
+def of_server_gpus(server: ServerLayout, index: int, first_gpu: int, gpus: int) -> Iterator[str]:
+    """Where server `index` begins at `first_gpu` of this machine."""
+    last = first_gpu + server.tensor - 1
+    if last >= gpus:
+        yield (
+            f"server {index} with rollout.tensor={server.tensor} would be on GPUs {first_gpu} to {last}, but this "
+            f"machine has {gpus}"
+        )
+
+
+# Jobs of several machines
+
+
+def of_nodes(ranks: int, nodes: int, where: str) -> Iterator[str]:
+    if ranks % nodes:
+        yield f"{_RANKS} = {ranks} ranks do not divide over {where}"
+
+
+def of_trainer_nodes(parallel: Parallel, gpus: int) -> Iterator[str]:
+    """gpus: of all trainer nodes together."""
+    layout = Layout.from_config(parallel)
+    if layout.world_size > gpus:
+        yield f"{_RANKS} = {layout.world_size} ranks, and the nodes have {gpus} GPUs"
+    if parallel.data is None and gpus % layout.model_size:
+        yield f"parallel.tensor × pipeline = {layout.model_size} does not divide the nodes' {gpus} GPUs"
+
+
+def of_rollout_node(server: ServerLayout, gpus: int) -> Iterator[str]:
+    if server.num_workers > gpus:
+        yield (
+            f"{_WORKERS} = {server.num_workers} GPUs a node, but they have {gpus}: rollout.servers counts those of "
+            "one node"
+        )
+
+
+def of_cluster(layout: Layout, server: ServerLayout, gpus: int, shared: bool, machines: int) -> Iterator[str]:
+    """The planner's: trainer and `machines` machines with such servers each take all of the GPUs."""
+    rest = gpus - layout.world_size
+    if (gpus if shared else rest) != machines * server.num_workers:
+        yield (
+            f"of --gpus={gpus} the trainer takes {layout.world_size} ({_RANKS}); the other {rest}, or all of them if "
+            f"shared, are not {machines} machines of {server.num_workers} GPUs (rollout.tensor × servers): change "
+            "these or --gpus"
+        )
