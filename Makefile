@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint install slurm clean
+.PHONY: demo lint check test install slurm clean
 
 install: $(INSTALLED)
 
@@ -19,6 +19,15 @@ $(INSTALLED): requirements/cpu.txt pyproject.toml setup.py
 demo: $(INSTALLED)
 	$(VENV)/bin/python examples/arithmetic/demo.py
 
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# What a change is tried with while it is made: three minutes on two cores.
+check: lint
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --quiet -m "not slurm and not server and not slow"
+
 # A file's tests stay with one worker, for the servers that they share.
 test: $(INSTALLED) slurm
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
@@ -30,10 +39,6 @@ slurm:
 		export DEBIAN_FRONTEND=noninteractive; \
 		apt-get update --quiet=2; apt-get install --quiet=2 --no-install-recommends slurm-wlm munge; \
 	fi > /dev/null || echo "make slurm: apt-get failed; tests/slurm will say what is missing"
-
-lint: $(INSTALLED)
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -20,6 +20,22 @@ class Batch:
     Packed view: the response tokens of the batch in row order; N = sum of response lengths. What becomes known of a
     micro-batch before the update travels with it, packed, on the last pipeline stage alone: reference_states [N, H]
     (`Reference.attach`), and old_logprobs and credit, [N] float32 each (`Objective.freeze`).
+
+    Example: B = 2, S = 4, N = 3.
+
+    >>> batch = Batch.from_sequences([[1, 2, 3], [4]], [[7], [8, 9]], advantages=[1.0, -1.0])
+    >>> batch.tokens.tolist()
+    [[1, 2, 3, 7], [4, 8, 9, 0]]
+    >>> batch.response_mask.int().tolist()
+    [[0, 0, 0, 1], [0, 1, 1, 0]]
+    >>> batch.targets.tolist(), batch.cu_seqlens.tolist()
+    ([7, 8, 9], [0, 1, 3])
+
+    A token is predicted by the state before it. With states that are their own positions, [S, B, 1]:
+
+    >>> states = torch.arange(4).view(4, 1, 1).expand(4, 2, 1)
+    >>> batch.pack_hidden_states(states).flatten().tolist()
+    [2, 0, 1]
     """
 
     tokens: torch.Tensor

@@ -77,6 +77,7 @@ class Run(Section):
     steps: Count = 100
     """Training steps; one step samples, updates and pushes the new weights to the engines."""
     seed: int = Field(1, ge=0, lt=2**31)
+    """Of the order of problems, of sampling and of Megatron's generators."""
     check_finite: bool = False
     """Stop at the first NaN or infinity that reaches the loss, naming tensor and token; for debugging, slower."""
 
@@ -102,7 +103,9 @@ class Model(Section):
 
 class Parallel(Section):
     tensor: Count = 1
+    """Ranks that a layer's matrices, and the vocabulary, are cut over."""
     pipeline: Count = 1
+    """Stages, each with its share of the layers."""
     chunks_per_stage: Count = 1
     """Model chunks per pipeline stage; above 1 the schedule is interleaved 1F1B."""
     expert: Count = 1
@@ -130,14 +133,21 @@ class Batching(Section):
 
 class Optimizer(Section):
     lr: PositiveFloat = 1e-6
+    """AdamW's learning rate, after the warm-up."""
     min_lr: float = Field(0.0, ge=0)
+    """Where a cosine or linear schedule ends."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Of the learning rate, from the end of the warm-up to the run's last optimizer step."""
     warmup_steps: int = Field(0, ge=0, lt=2**31)
     """Optimizer steps over which the learning rate rises from 0."""
     weight_decay: float = Field(0.1, ge=0)
+    """AdamW's, of matrices; biases and norms have none."""
     beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the mean of gradients."""
     beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the mean of squared gradients."""
     eps: PositiveFloat = 1e-8
+    """Added to the root of the mean of squared gradients."""
     clip_grad: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
     max_skipped_steps: Count = 3
@@ -158,9 +168,11 @@ class Algorithm(Section):
     advantage: Literal["mean_std", "mean"] = "mean_std"
     """Group advantages: (r - mean) / (std + advantage_eps), or r - mean."""
     advantage_eps: PositiveFloat = 1e-6
+    """Added to the standard deviation of a group's rewards."""
     clip_low: float = Field(0.2, ge=0, lt=1)
-    clip_high: float = Field(0.2, ge=0)
     """The probability ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+    clip_high: float = Field(0.2, ge=0)
+    """See clip_low."""
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
     """Mean over all tokens of the step, or over its responses of each one's token mean."""
     entropy_bonus: float = Field(0.0, ge=0)
@@ -224,13 +236,17 @@ class Data(Section):
     train: FilePath
     """JSONL or Parquet file of problems."""
     eval: FilePath | None = None
+    """The same, of problems held out for evaluations; null: none are made."""
     prompt_field: Text = "question"
+    """Field of a row that holds the problem."""
     answer_field: Text = "answer"
+    """Field of a row that holds the answer that graders compare with."""
     template: Text = "{prompt}"
     """Text around a problem; {prompt} is replaced."""
     chat: bool = False
     """Wrap the problem as a user message in the tokenizer's chat template."""
     shuffle: bool = True
+    """A new order of the problems in each epoch, from run.seed; otherwise the file's."""
 
 
 class Reward(Section):
@@ -264,6 +280,7 @@ class Sft(Section):
     data: FilePath | None = None
     """JSONL or Parquet file with prompts (data.prompt_field) and solutions (response_field)."""
     response_field: Text = "response"
+    """Field of a row that holds the solution."""
     steps: Count = 100
     batch_size: Count = 64
     """Sequences per optimizer step."""

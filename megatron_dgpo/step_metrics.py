@@ -89,7 +89,8 @@ class Warnings:
     """What is wrong with a run though it goes on, each said once."""
 
     def __init__(self, log: MetricsLog) -> None:
-        self._log, self._said = log, set()
+        self._log = log
+        self._said: set[str] = set()
 
     def look(self, metrics: dict[str, float]) -> None:
         """At the metrics of a step."""

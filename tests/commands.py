@@ -12,18 +12,25 @@ from tests.ranks import run_ranks
 
 
 def run_on_ranks(
-    command: str, config: Path, *overrides: str, environment: dict[str, str] | None = None, timeout_s: float = 240
-) -> None:
+    command: str,
+    config: Path,
+    *overrides: str,
+    options: tuple[str, ...] = (),
+    environment: dict[str, str] | None = None,
+    timeout_s: float = 240,
+) -> Path:
     """`megatron-dgpo COMMAND CONFIG ...` on as many ranks as the config asks for, after its checks.
 
-    Their output goes to the run's logs. environment: where the servers are, their secret, and the like.
+    Their output goes to the run's logs; returns rank 0's. options: the command's own. environment: where the servers
+    are, their secret, and the like.
     """
     settings = load_config(config, list(overrides))
     world_size = Layout.from_config(settings.parallel).world_size
-    arguments = [command, str(config), *overrides]
+    arguments = [command, str(config), *options, *overrides]
     variables = {server.ADDRESSES: "", **(environment or {})}
     logs = settings.run.dir / "logs"
     run_ranks(_run, world_size, arguments, variables, logs, timeout_s=timeout_s, joined=False)
+    return logs / "rank_0.log"
 
 
 def _run(arguments: list[str], environment: dict[str, str], logs: Path) -> None:

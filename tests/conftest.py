@@ -27,6 +27,16 @@ _TEMPORARY = own_temporary_folder()
 # for SLURM and for servers and ranks that start, while another worker computes.
 _LONG = ("slurm/test_jobs", "test_train", "test_resume", "rollout/test_shards", "statistics/test_vocab_parallel")
 
+# What `make check` leaves out, by what it needs; all else takes two minutes.
+_TIERS = {
+    "slurm": ("slurm/",),
+    "server": ("test_train", "test_examples", "rollout/test_shards", "rollout/test_server", "weights/test_convert"),
+    "slow": (
+        *("test_resume", "test_oracle", "test_session", "test_check_gpu", "test_tools", "fuzz/", "model/"),
+        *("statistics/", "planning/", "rollout/test_transfer", "weights/test_round_trip", "rewards/test_pool"),
+    ),
+}
+
 
 @pytest.fixture(scope="module", autouse=True)
 def module_leaves_nothing():
@@ -46,6 +56,10 @@ def pytest_collection_modifyitems(items):
         return next((i for i, name in enumerate(_LONG) if item.nodeid.startswith(f"tests/{name}.py")), len(_LONG))
 
     items.sort(key=place)
+    for item in items:
+        for tier, files in _TIERS.items():
+            if item.nodeid.startswith(tuple(f"tests/{file}" for file in files)):
+                item.add_marker(tier)
 
 
 def pytest_sessionfinish(session, exitstatus):

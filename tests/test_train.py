@@ -1,5 +1,6 @@
 """The whole loop with a real vLLM server, for every family: trainer, server and transformers agree throughout."""
 
+import contextlib
 import json
 import os
 import re
@@ -26,17 +27,6 @@ from tools.tiny_models import make_tiny_model
 
 STEPS = 3
 SECRET = secrets.token_urlsafe(16)
-
-
-def megatron_dgpo(command, config, *arguments):
-    result = subprocess.run(
-        [sys.executable, "-m", "megatron_dgpo.cli", command, str(config), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +67,12 @@ def write_config(folder, family, parallel, **rollout):
     return path
 
 
-def train(config, logs, modules):
-    """As the launcher does; modules: folder of the grader's."""
+@contextlib.contextmanager
+def served(config, logs, modules):
+    """Servers as the launcher starts them; the variables of its ranks. modules: folder of the grader's."""
     servers, addresses = server.start(load_config(config), SECRET, logs)
-    variables = {server.ADDRESSES: ",".join(addresses), guard.SECRET: SECRET, "PYTHONPATH": str(modules)}
     try:
-        run_on_ranks("train", config, environment=variables, timeout_s=400)
+        yield {server.ADDRESSES: ",".join(addresses), guard.SECRET: SECRET, "PYTHONPATH": str(modules)}
     finally:
         process.stop(servers)
 
@@ -103,7 +93,8 @@ def test_three_steps(folder, family, parallel, rollout):
 
     config = write_config(folder, family, parallel, **rollout)
     run = folder / family / "run"
-    train(config, run / "logs", folder)
+    with served(config, run / "logs", folder) as environment:
+        run_on_ranks("train", config, environment=environment, timeout_s=400)
     rows = read_metrics(run / "metrics" / "train.jsonl")
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
     for row in rows[1:]:
@@ -137,20 +128,19 @@ def test_three_steps(folder, family, parallel, rollout):
         assert sample["token_ids"] == expected[0, ids.shape[1] :].tolist()
 
 
-def test_eval_of_checkpoint_and_directory(folder, monkeypatch):
+def test_eval_of_checkpoint_and_directory(folder):
     """After test_three_steps: the newest checkpoint and the exported model, of either format, are the same policy."""
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-    config = folder / "mistral" / "config.yaml"
+    config, model = folder / "mistral" / "config.yaml", folder / "mistral" / "run" / "hf"
+    convert(Job(model, folder / "megatron", "megatron"))
     overrides = ["eval.samples=4", "eval.temperature=0.8", "eval.problems=8"]
     pattern = r"eval: problems=8 avg@4=(\d\.\d+) pass@2=(\d\.\d+) pass@4=(\d\.\d+)"
-    from_checkpoint = re.search(pattern, megatron_dgpo("eval", config, *overrides))
-    model = folder / "mistral" / "run" / "hf"
-    from_directory = re.search(pattern, megatron_dgpo("eval", config, "--model", str(model), *overrides))
-    assert from_checkpoint and from_directory and from_checkpoint[0] == from_directory[0]
-    convert(Job(model, folder / "megatron", "megatron"))
-    from_megatron = re.search(pattern, megatron_dgpo("eval", config, "--model", folder / "megatron", *overrides))
-    assert from_megatron and from_megatron[0] == from_checkpoint[0]
-    average, two, four = (float(value) for value in from_checkpoint.groups())
+    found = []
+    with served(config, folder / "mistral" / "eval", folder) as environment:
+        for options in ((), ("--model", str(model)), ("--model", str(folder / "megatron"))):
+            log = run_on_ranks("eval", config, *overrides, options=options, environment=environment)
+            found.append(re.search(pattern, log.read_text()))
+    assert all(found) and len({line[0] for line in found}) == 1
+    average, two, four = (float(value) for value in found[0].groups())
     assert average <= two <= four
 
 

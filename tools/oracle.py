@@ -1,6 +1,6 @@
 """DGPO written a second time: transformers and plain PyTorch in float64, one process, nothing shared with the package.
 
-Only the definition of design.md §1 (arXiv 2605.03327) is followed; loops over responses, no packing, no chunks.
+Only the definitions of docs/method.md (arXiv 2605.03327) are followed; loops over responses, no packing, no chunks.
 """
 
 from __future__ import annotations

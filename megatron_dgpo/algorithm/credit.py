@@ -80,6 +80,13 @@ def credit_weights(
     time: sums, [3, B], are the merged `credit_sums` of all pieces on this rank (micro-batches), and cp_group holds the
     ranks that have others; B counts the same responses everywhere. Collectives: none, or one all-gather of [3, B]
     over cp_group.
+
+    Example: a response of three tokens, whose last one scores τ·log 2 more than the others, and one of a single token.
+
+    >>> scores = torch.tensor([0.0, 0.0, 0.5 * math.log(2), 0.3])
+    >>> weights = credit_weights(scores, torch.tensor([0, 3, 4]), tau=0.5)
+    >>> [round(weight, 4) for weight in weights.tolist()]
+    [0.75, 0.75, 1.5, 1.0]
     """
     if sums is None:
         sums = credit_sums(scores, cu_seqlens, tau)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -16,7 +16,8 @@ def from_rank_0(function: Callable[[], T]) -> T:
 
     Collectives: one object broadcast over all ranks.
     """
-    result = error = None
+    result: Any = None
+    error: Exception | None = None
     if dist.get_rank() == 0:
         try:
             result = function()

@@ -65,7 +65,7 @@ def finish(total: torch.Tensor):
     log_sum = sums.sum_x.log()
     entropy = (log_sum - sums.mean_x / sums.sum_x).clamp_(min=0)
     lse, logprobs = sums.max_x + log_sum, sums.target_x - log_sum
-    if sums.max_y is None:
+    if sums.sum_y is None or sums.sum_m is None or sums.target_y is None:
         return lse, logprobs, entropy, None, None
     log_sum_y = sums.sum_y.log()
     log_bc = sums.sum_m.log() - (log_sum + log_sum_y) / 2

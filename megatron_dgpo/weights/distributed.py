@@ -211,7 +211,7 @@ class DistributedWriter:
         writer.finish(Metadata({}), [results])
 
     def finish(self) -> None:
-        storage = {}
+        storage: dict[MetadataIndex, object] = {}
         for number in range(len(self._plans)):
             storage |= read_metadata(self._folder / _contents(number)).storage_data
         self._metadata.storage_data = storage

@@ -72,7 +72,24 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A block of a trainer rank's shard becomes a block of a worker's."""
+    """A block of a trainer rank's shard becomes a block of a worker's.
+
+    Example: of a down projection [2, 4] rank 1 of two holds the columns from 2 on, and the only worker all of them.
+
+    >>> move = Move(
+    ...     rank=1,
+    ...     worker=0,
+    ...     source="decoder.layers.0.mlp.linear_fc2.weight",
+    ...     source_start=(0, 0),
+    ...     target="model.layers.0.mlp.down_proj.weight",
+    ...     target_start=(0, 2),
+    ...     shape=(2, 2),
+    ... )
+    >>> shard, whole = torch.ones(2, 2), torch.zeros(2, 4)
+    >>> _ = move.of_target(whole).copy_(move.of_source(shard))
+    >>> whole.tolist(), move.numel
+    ([[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]], 4)
+    """
 
     rank: int
     """Trainer rank that sends."""

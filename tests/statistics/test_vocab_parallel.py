@@ -113,7 +113,10 @@ def sharded(cases, tier):
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_values_and_gradients_equal_the_definition(world, vocab, tier):
     """V = 97: no group size divides it. V = 3: the last of four ranks holds padding only. 152,064: Qwen2.5's."""
-    sizes = [0, 1, 7, 4096] if tier == "chunked" or vocab <= 1000 else [0, 1, 7]
+    sizes = [0, 1, 7, 4096]
+    if tier == "triton" and vocab > 1000:
+        # The interpreter takes a minute for what a GPU does in a millisecond.
+        sizes = [0, 1, 7] if vocab < 10**5 else [7]
     padded = -(-vocab // world) * world
     cases = []
     for n in sizes:

@@ -1,0 +1,56 @@
+"""What the pages say of the code is there: every `file.py:name` is defined, every relative link leads somewhere."""
+
+import ast
+import functools
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/method.md", "docs/settings.md"]
+_NAME = re.compile(r"`([\w/.]+\.py):(\w+(?:\.\w+)?)`")
+_LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+
+@functools.cache
+def _definitions(file: Path) -> set[str]:
+    """Functions, classes and values of a module, and of its classes as `Class.name`."""
+    found = set()
+    for node in ast.parse(file.read_text()).body:
+        found |= set(_names(node))
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{name}" for inner in node.body for name in _names(inner)}
+    return found
+
+
+def _names(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def _missing(text: str) -> list[str]:
+    missing = []
+    for path, name in _NAME.findall(text):
+        files = [file for file in (ROOT / "megatron_dgpo" / path, ROOT / path) if file.is_file()]
+        if not files or name not in _definitions(files[0]):
+            missing.append(f"{path}:{name}")
+    return missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_are_defined(page):
+    assert not _missing((ROOT / page).read_text())
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    links = _LINK.findall((ROOT / page).read_text())
+    assert not [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
+
+
+def test_a_wrong_name_is_found():
+    text = "`trainer.py:train`, `trainer.py:trane`, `nowhere.py:f`, `batch.py:Batch.split`, `batch.py:Batch.spill`"
+    assert _missing(text) == ["trainer.py:trane", "nowhere.py:f", "batch.py:Batch.spill"]
