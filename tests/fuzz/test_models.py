@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import struct
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -200,10 +201,12 @@ def test_manifest(hf, copies, data):
     manifest = {
         "progress": {"step": 1, "prompts": 2, "weight_version": 1},
         "architecture": {"family": "llama", "num_layers": 1},
-        "layout": {"world": 1},
+        "layout": asdict(Layout(tensor=2, sequence=True)),
         "origins": {"model.path": ["m", "0a"]},
         "files": {"common.pt": [5, 1]},
     }
+    (folder / "step_00000001" / MANIFEST).write_text(json.dumps(manifest))
+    assert read_manifest(folder / "step_00000001") == manifest
     (folder / "step_00000001" / MANIFEST).write_bytes(data.draw(nearly(manifest)))
     path = newest(folder)
     if path:
