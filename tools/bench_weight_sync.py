@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,18 +27,22 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 
-from megatron_dgpo.layout import Layout, ServerLayout
-from megatron_dgpo.planning.hardware import Gpu, read_gpu
-from megatron_dgpo.planning.memory import vllm_weights
-from megatron_dgpo.planning.models import ARCHITECTURES
-from megatron_dgpo.planning.sides import RolloutSide, TrainerSide
-from megatron_dgpo.planning.sizes import Sizes
-from megatron_dgpo.planning.step_time import Cluster, broadcast_sync_time, sync_time
-from megatron_dgpo.rollout.server import free_port
-from megatron_dgpo.weight_sync import shared_memory
-from megatron_dgpo.weight_sync.stream import Meeting, join_group, receive_buckets, send_buckets
-from megatron_dgpo.weights.architectures import read_architecture
-from megatron_dgpo.weights.resharding import (
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    # This file is run as a script; what it uses are modules of the folder above.
+    sys.path.insert(0, str(ROOT))
+
+from megatron_dgpo.layout import Layout, ServerLayout  # noqa: E402
+from megatron_dgpo.planning.hardware import Gpu, read_gpu  # noqa: E402
+from megatron_dgpo.planning.memory import vllm_weights  # noqa: E402
+from megatron_dgpo.planning.sides import RolloutSide, TrainerSide  # noqa: E402
+from megatron_dgpo.planning.sizes import Sizes  # noqa: E402
+from megatron_dgpo.planning.step_time import Cluster, broadcast_sync_time, sync_time  # noqa: E402
+from megatron_dgpo.rollout.server import free_port  # noqa: E402
+from megatron_dgpo.weight_sync import shared_memory  # noqa: E402
+from megatron_dgpo.weight_sync.stream import Meeting, join_group, receive_buckets, send_buckets  # noqa: E402
+from megatron_dgpo.weights.architectures import read_architecture  # noqa: E402
+from megatron_dgpo.weights.resharding import (  # noqa: E402
     block,
     plan_buckets,
     stage_of,
@@ -45,7 +50,8 @@ from megatron_dgpo.weights.resharding import (
     vllm_parameters,
     vllm_shape,
 )
-from megatron_dgpo.weights.slices import padded_vocab_size, shard_slices
+from megatron_dgpo.weights.slices import padded_vocab_size, shard_slices  # noqa: E402
+from tools.scaling.models import ARCHITECTURES  # noqa: E402
 
 ARCHITECTURE = ARCHITECTURES["Qwen2.5-0.5B"]
 PARAMETERS = vllm_parameters(ARCHITECTURE)

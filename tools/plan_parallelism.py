@@ -20,15 +20,21 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_dgpo.config import load_config
-from megatron_dgpo.errors import UsageError
-from megatron_dgpo.planning import published, report
-from megatron_dgpo.planning.hardware import read_gpu
-from megatron_dgpo.planning.plan import Plan, Planner, choose, sides_of, workload_of
-from megatron_dgpo.planning.sides import Workload, refusal, rollout_refusal
-from megatron_dgpo.planning.sizes import Sizes
-from megatron_dgpo.planning.step_time import Cluster
-from megatron_dgpo.weights.architectures import Architecture, read_architecture
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    # This file is run as a script; what it uses are modules of the folder above.
+    sys.path.insert(0, str(ROOT))
+
+from megatron_dgpo.config import load_config  # noqa: E402
+from megatron_dgpo.errors import UsageError  # noqa: E402
+from megatron_dgpo.planning import report  # noqa: E402
+from megatron_dgpo.planning.hardware import read_gpu  # noqa: E402
+from megatron_dgpo.planning.plan import Plan, Planner, choose, sides_of, workload_of  # noqa: E402
+from megatron_dgpo.planning.sides import Workload, refusal, rollout_refusal  # noqa: E402
+from megatron_dgpo.planning.sizes import Sizes  # noqa: E402
+from megatron_dgpo.planning.step_time import Cluster  # noqa: E402
+from megatron_dgpo.weights.architectures import Architecture, read_architecture  # noqa: E402
+from tools.scaling import published  # noqa: E402
 
 # Wide enough for the longest layout; the same in a file as in a terminal.
 _WIDTH = 120

@@ -20,10 +20,15 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_dgpo.errors import UsageError
-from megatron_dgpo.planning import measured as measured_study
-from megatron_dgpo.planning import scaling, scaling_page
-from megatron_dgpo.planning.calibration import built_in, calibrated, read_calibration
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    # This file is run as a script; what it uses are modules of the folder above.
+    sys.path.insert(0, str(ROOT))
+
+from megatron_dgpo.errors import UsageError  # noqa: E402
+from megatron_dgpo.planning.calibration import built_in, calibrated, read_calibration  # noqa: E402
+from tools.scaling import measured as measured_study  # noqa: E402
+from tools.scaling import page, study  # noqa: E402
 
 _COMMAND = "python tools/scaling_study.py"
 
@@ -41,13 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
             record.write_text(json.dumps(measured_study.measure(options.rounds), indent=1) + "\n")
         measured = json.loads(record.read_text()) if record.is_file() else None
         start = time.perf_counter()
-        scaling_page.write_csv(tables / "scaling.csv", _study(efficiencies, options.workers))
+        page.write_csv(tables / "scaling.csv", _study(efficiencies, options.workers))
         # From the file: the page says what the table says.
-        rows = scaling_page.read_csv(tables / "scaling.csv")
+        rows = page.read_csv(tables / "scaling.csv")
         command = _COMMAND + (" --measure" if measured else "")
         command += f" --calibration {options.calibration.name}" if options.calibration else ""
-        (docs / "scaling.md").write_text(scaling_page.page(rows, efficiencies, measured, command))
-        scaling_page.draw(docs, rows, measured)
+        (docs / "scaling.md").write_text(page.page(rows, efficiencies, measured, command))
+        page.draw(docs, rows, measured)
     except (UsageError, OSError) as error:
         print(f"scaling_study: {error}", file=sys.stderr)
         return 2
@@ -79,9 +84,9 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _study(efficiencies: dict[str, float], workers: int) -> list[scaling.Row]:
-    """Rows in scaling.study's order, one process for each model, cluster and scaling at a time."""
-    series = scaling.all_series(scaling.ARCHITECTURES, scaling.CLUSTERS)
+def _study(efficiencies: dict[str, float], workers: int) -> list[study.Row]:
+    """Rows in study.all_series' order, one process for each model, cluster and scaling at a time."""
+    series = study.all_series(study.ARCHITECTURES, study.CLUSTERS)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
         # The largest models, at the end, take longest: they go first.
@@ -89,9 +94,9 @@ def _study(efficiencies: dict[str, float], workers: int) -> list[scaling.Row]:
         return [row for future in reversed(started) for row in future.result()]
 
 
-def _series_rows(efficiencies: dict[str, float], series: tuple) -> list[scaling.Row]:
+def _series_rows(efficiencies: dict[str, float], series: tuple) -> list[study.Row]:
     with calibrated(efficiencies):
-        return scaling.series_rows(*series, scaling.GPU_COUNTS)
+        return study.series_rows(*series, study.GPU_COUNTS)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ from megatron_dgpo import legality
 from megatron_dgpo.config import Batching, Config, Parallel, Rollout
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.layout import Layout, ServerLayout
-from megatron_dgpo.planning.models import shape
 from megatron_dgpo.planning.plan import sides_of, workload_of
 from megatron_dgpo.planning.sides import RolloutSide, TrainerSide, Workload, refusal, rollout_refusal, trainer_sides
 from megatron_dgpo.preflight import check_layout
 from megatron_dgpo.weights.architectures import FAMILIES, Architecture, Family, read_architecture
 from tests.layouts import make_config
 from tests.ranks import run_ranks
+from tools.scaling.models import shape
 from tools.tiny_models import make_tiny_model
 
 WORLD = 4

@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from megatron_dgpo.planning.published import PUBLISHED, print_comparison
+from tools.scaling.published import PUBLISHED, print_comparison
 
 
 def test_mean_error_is_within_a_quarter(capsys):

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from megatron_dgpo.errors import UsageError
-from megatron_dgpo.planning import calibration, measured, scaling, scaling_page, step_time
-from megatron_dgpo.planning.models import ARCHITECTURES, sizes_of
+from megatron_dgpo.planning import calibration, step_time
 from megatron_dgpo.planning.plan import Planner, choose
-from megatron_dgpo.planning.scaling import BOUNDS, CLUSTERS, COLUMNS, GPU_COUNTS, PHASES, SCALINGS
+from tools.scaling import measured, page, study
+from tools.scaling.models import ARCHITECTURES, sizes_of
+from tools.scaling.study import BOUNDS, CLUSTERS, COLUMNS, GPU_COUNTS, PHASES, SCALINGS
 
 ROOT = Path(__file__).parents[2]
 TABLE, RECORD = ROOT / "benchmarks/scaling.csv", ROOT / "benchmarks/scaling_measured.json"
@@ -35,7 +36,7 @@ PARAMETERS = {
 
 @pytest.fixture(scope="module")
 def rows():
-    return scaling_page.read_csv(TABLE)
+    return page.read_csv(TABLE)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_the_mixture_is_as_large_as_it_says():
 
 
 def test_a_row_for_every_model_and_size_with_figures_or_a_reason(rows):
-    expected = [(*series, gpus) for series in scaling.all_series(ARCHITECTURES, CLUSTERS) for gpus in GPU_COUNTS]
+    expected = [(*series, gpus) for series in study.all_series(ARCHITECTURES, CLUSTERS) for gpus in GPU_COUNTS]
     assert [(row.cluster, row.model, row.scaling, row.gpus) for row in rows] == expected
     for row in rows:
         figures = [getattr(row, name) for name in COLUMNS[COLUMNS.index("gpus_used") :]]
@@ -91,7 +92,7 @@ def test_gpus_that_would_slow_a_step_down_stay_idle(monkeypatch):
         return replace(plan, phases={name: phase * (gpus / 8) for name, phase in plan.phases.items()})
 
     monkeypatch.setattr(Planner, "best", slower_with_more)
-    eight, sixteen = scaling.series_rows("h100", "Qwen2.5-0.5B", "strong", (8, 16))
+    eight, sixteen = study.series_rows("h100", "Qwen2.5-0.5B", "strong", (8, 16))
     assert sixteen.gpus == 16 and sixteen.gpus_used == eight.gpus_used == 8
     assert sixteen.tokens_per_s == eight.tokens_per_s
     assert sixteen.tokens_per_gpu_s == pytest.approx(eight.tokens_per_gpu_s / 2)
@@ -121,7 +122,7 @@ def test_dgpo_costs_little_over_grpo_with_the_same_reference(running):
 @pytest.mark.parametrize(("model", "gpus"), (("Qwen2.5-0.5B", 8), ("Qwen2.5-7B", 16), ("Qwen3-30B-A3B", 16)))
 def test_the_quick_search_finds_what_the_whole_one_chooses(model, gpus):
     cluster = CLUSTERS["h100"]
-    planner = Planner(sizes_of(model), scaling.workload("weak", gpus), cluster)
+    planner = Planner(sizes_of(model), study.workload("weak", gpus), cluster)
     best, chosen = planner.best(gpus), choose(planner.search(gpus), cluster)
     assert best.step_s == pytest.approx(chosen.step_s, rel=1e-9)
     assert best.trainer_headroom(cluster) == pytest.approx(chosen.trainer_headroom(cluster))
@@ -133,8 +134,8 @@ def test_the_quick_search_finds_what_the_whole_one_chooses(model, gpus):
 @pytest.mark.parametrize("model", ("Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen2.5-72B", "Qwen3-30B-A3B"))
 def test_the_committed_table_is_what_the_planner_says(model, tmp_path):
     counts = GPU_COUNTS if model != "Qwen3-30B-A3B" else (8, 64)
-    found = [row for scale in SCALINGS for row in scaling.series_rows("h100", model, scale, counts)]
-    scaling_page.write_csv(tmp_path / "rows.csv", found)
+    found = [row for scale in SCALINGS for row in study.series_rows("h100", model, scale, counts)]
+    page.write_csv(tmp_path / "rows.csv", found)
     committed = list(csv.reader(io.StringIO(TABLE.read_text())))
     wanted = [line for line in committed[1:] if line[:2] == ["h100", model] and int(line[3]) in counts]
     assert list(csv.reader(io.StringIO((tmp_path / "rows.csv").read_text())))[1:] == wanted, STALE
@@ -142,9 +143,9 @@ def test_the_committed_table_is_what_the_planner_says(model, tmp_path):
 
 def test_the_committed_page_comes_from_the_table(rows):
     record = json.loads(RECORD.read_text())
-    text = scaling_page.page(rows, calibration.built_in(), record, "python tools/scaling_study.py --measure")
+    text = page.page(rows, calibration.built_in(), record, "python tools/scaling_study.py --measure")
     assert (ROOT / "docs/scaling.md").read_text() == text, STALE
-    for picture in scaling_page.PICTURES:
+    for picture in page.PICTURES:
         assert f"]({picture})" in text and (ROOT / "docs" / picture).stat().st_size > 10_000
 
 
@@ -177,9 +178,9 @@ def test_a_calibration_takes_the_place_of_the_built_in_efficiencies(tmp_path):
     file.write_text('{"GEMM": 0.5, "STEP_S": 0}')
     values, before = calibration.read_calibration(file), calibration.built_in()
     assert (values["GEMM"], values["STEP_S"], values["NETWORK"]) == (0.5, 0.0, step_time.NETWORK)
-    (usual,) = scaling.series_rows("h100", "Qwen2.5-7B", "weak", (8,))
+    (usual,) = study.series_rows("h100", "Qwen2.5-7B", "weak", (8,))
     with pytest.raises(RuntimeError), calibration.calibrated(values):
-        (slower,) = scaling.series_rows("h100", "Qwen2.5-7B", "weak", (8,))
+        (slower,) = study.series_rows("h100", "Qwen2.5-7B", "weak", (8,))
         raise RuntimeError
     assert slower.mfu_update < usual.mfu_update
     assert calibration.built_in() == before

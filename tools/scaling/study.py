@@ -16,11 +16,11 @@ from typing import Literal
 from megatron_dgpo.planning import step_time
 from megatron_dgpo.planning.hardware import GPUS
 from megatron_dgpo.planning.memory import GIB
-from megatron_dgpo.planning.models import ARCHITECTURES, sizes_of
 from megatron_dgpo.planning.plan import Plan, Planner
 from megatron_dgpo.planning.sides import TrainerSide, Workload
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.planning.step_time import Cluster, Seconds
+from tools.scaling.models import ARCHITECTURES, sizes_of
 
 Scaling = Literal["strong", "weak"]
 SCALINGS: tuple[Scaling, ...] = ("strong", "weak")
@@ -92,15 +92,8 @@ WHOLE = ("gpus", "prompts", "gpus_used")
 COLUMNS = [field.name for field in fields(Row)]
 
 
-def study(
-    models: Iterable[str] = ARCHITECTURES, counts: Iterable[int] = GPU_COUNTS, clusters: Iterable[str] = CLUSTERS
-) -> list[Row]:
-    """Rows in the order of clusters, models, scalings and GPUs."""
-    counts = sorted(counts)
-    return [row for series in all_series(models, clusters) for row in series_rows(*series, counts)]
-
-
 def all_series(models: Iterable[str], clusters: Iterable[str]) -> list[tuple[str, str, Scaling]]:
+    """In the order of the table's rows."""
     return [
         (cluster, model, scaling)
         for cluster in clusters

@@ -11,10 +11,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from megatron_dgpo.planning import measured as measured_study
 from megatron_dgpo.planning.calibration import built_in
-from megatron_dgpo.planning.models import sizes_of
-from megatron_dgpo.planning.scaling import (
+from tools.scaling import measured as measured_study
+from tools.scaling.models import sizes_of
+from tools.scaling.study import (
     BASE,
     BASE_GPUS,
     BOUNDS,

@@ -17,11 +17,11 @@ from rich.table import Table
 
 from megatron_dgpo.planning import step_time
 from megatron_dgpo.planning.hardware import GPUS
-from megatron_dgpo.planning.models import shape, sizes_of
 from megatron_dgpo.planning.plan import Planner
 from megatron_dgpo.planning.sides import RolloutSide, TrainerSide, Workload
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.planning.step_time import Cluster
+from tools.scaling.models import shape, sizes_of
 
 # policy.generation.vllm_cfg.gpu_memory_utilization of NeMo-RL's recipes; training's memory is moved away meanwhile.
 _NEMO_FRACTION = 0.6
