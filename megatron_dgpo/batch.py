@@ -13,7 +13,7 @@ class Batch:
     """B sequences of prompt + response, left-aligned and padded on the right to a common length S.
 
     tokens: [B, S] int64. response_mask: [B, S] bool, True on response tokens (never on column 0).
-    advantages: [B] float32, one per response. sampling_logprobs: [B, S] float32, what the engine that
+    advantages: [B] float32, one per response. generator_logprobs: [B, S] float32, what the engine that
     sampled the tokens reported for them, 0 off the mask. All on one device, identical on every
     model-parallel rank of a data-parallel replica.
 
@@ -41,7 +41,7 @@ class Batch:
     tokens: torch.Tensor
     response_mask: torch.Tensor
     advantages: torch.Tensor
-    sampling_logprobs: torch.Tensor
+    generator_logprobs: torch.Tensor
     reference_states: torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None
     credit: torch.Tensor | None = None
@@ -76,14 +76,14 @@ class Batch:
         return self.tokens.shape[0]
 
     def __getitem__(self, rows: slice) -> Batch:
-        return Batch(self.tokens[rows], self.response_mask[rows], self.advantages[rows], self.sampling_logprobs[rows])
+        return Batch(self.tokens[rows], self.response_mask[rows], self.advantages[rows], self.generator_logprobs[rows])
 
     def to(self, device: torch.device) -> Batch:
         return Batch(
             self.tokens.to(device),
             self.response_mask.to(device),
             self.advantages.to(device),
-            self.sampling_logprobs.to(device),
+            self.generator_logprobs.to(device),
         )
 
     def split(self, size: int) -> list[Batch]:
@@ -107,9 +107,9 @@ class Batch:
         return self.tokens[self.response_mask]
 
     @property
-    def packed_sampling_logprobs(self) -> torch.Tensor:
+    def packed_generator_logprobs(self) -> torch.Tensor:
         """[N] float32."""
-        return self.sampling_logprobs[self.response_mask]
+        return self.generator_logprobs[self.response_mask]
 
     def pack_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[S, B, H] final hidden states -> [N, H]: for each response token, the state that predicts it."""

@@ -163,8 +163,8 @@ class Algorithm(Section):
     """Exponent of the entropy gate; 0 switches it off."""
     entropy_norm: Literal["log_vocab", "response_max"] = "log_vocab"
     """What entropies are divided by: log V, or the largest entropy of the same response."""
-    scored_by: Literal["current", "sampling"] = "current"
-    """Policy whose deviation and entropy are scored: the one being updated, or the one that sampled."""
+    scored_by: Literal["current", "old"] = "current"
+    """Policy whose deviation and entropy are scored: the one being updated, or that before the step's first update."""
     advantage: Literal["mean_std", "mean"] = "mean_std"
     """Group advantages: (r - mean) / (std + advantage_eps), or r - mean."""
     advantage_eps: PositiveFloat = 1e-6

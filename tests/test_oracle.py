@@ -47,10 +47,10 @@ def models(tmp_path_factory):
     }
 
 
-def megatron_step(policy_dir, reference_dir, sampling_dir, parallel, algorithm, old_logprobs):
+def megatron_step(policy_dir, reference_dir, old_dir, parallel, algorithm, old_logprobs):
     """(loss, {row: weights}, this rank's part of all gradients by Hugging Face name).
 
-    sampling_dir: the policy that sampled, where it is not the current one. old_logprobs: its, otherwise made up.
+    old_dir: the policy before the first update, where it is not the current one. old_logprobs: its, otherwise made up.
     """
     from megatron.core import parallel_state
 
@@ -92,9 +92,9 @@ def megatron_step(policy_dir, reference_dir, sampling_dir, parallel, algorithm, 
     tp_group = parallel_state.get_tensor_model_parallel_group()
     objective = Objective(config, architecture.vocab_size, reference.head_weight, tp_group)
     if old_logprobs:
-        micro_batches = [replace(part, old_logprobs=part.packed_sampling_logprobs) for part in micro_batches]
-    if sampling_dir:
-        load_weights(policy.modules, architecture, sampling_dir, *rank)
+        micro_batches = [replace(part, old_logprobs=part.packed_generator_logprobs) for part in micro_batches]
+    if old_dir:
+        load_weights(policy.modules, architecture, old_dir, *rank)
         micro_batches = objective.freeze(policy.forward, micro_batches)
     load_weights(policy.modules, architecture, policy_dir, *rank)
     policy.reload_master_weights()
@@ -129,14 +129,14 @@ def test_step_of_a_mixture_equals_the_oracle(models, layout, family):
     check(*models[family][:2], None, layout, ALGORITHMS["paper"], with_old=True)
 
 
-@pytest.mark.parametrize("scored_by", ["sampling", "current"])
+@pytest.mark.parametrize("scored_by", ["old", "current"])
 @pytest.mark.parametrize("layout", ["tp1", "tp2-pp2"])
 def test_a_later_minibatch_equals_the_oracle(models, layout, scored_by):
     """The current policy has moved away from the one that sampled; either may score the deviation."""
     check(*models["qwen2"], layout, dict(tau=0.02, scored_by=scored_by), with_old=False)
 
 
-def check(policy_dir, reference_dir, sampling_dir, layout, algorithm, with_old):
+def check(policy_dir, reference_dir, old_dir, layout, algorithm, with_old):
     world_size, parallel = (LAYOUTS | MIXTURE_LAYOUTS)[layout]
     table = rows()
     generator = torch.Generator().manual_seed(4)
@@ -149,9 +149,9 @@ def check(policy_dir, reference_dir, sampling_dir, layout, algorithm, with_old):
         Algorithm(**algorithm),
         TEMPERATURE,
         VOCAB,
-        sampling_dir,
+        old_dir,
     )
-    arguments = policy_dir, reference_dir, sampling_dir, parallel, algorithm, old
+    arguments = policy_dir, reference_dir, old_dir, parallel, algorithm, old
     results = run_ranks(megatron_step, world_size, *arguments)
     for loss, _, _ in results:
         assert loss == pytest.approx(oracle.loss, rel=1e-4, abs=1e-6)

@@ -20,15 +20,15 @@ class Oracle:
     gradients: dict[str, torch.Tensor]
 
 
-def dense_step(policy_dir, reference_dir, rows, algorithm, temperature, vocab_size, sampling_dir=None) -> Oracle:
+def dense_step(policy_dir, reference_dir, rows, algorithm, temperature, vocab_size, old_dir=None) -> Oracle:
     """One optimizer step's loss, credit weights and gradients. rows: (prompt, response, advantage, old log-probs).
 
-    sampling_dir: the policy that sampled, where it is not the current one; old log-probs are then its own.
+    old_dir: the policy before the first update, where it is not the current one; old log-probs are then its own.
     """
-    policy, reference, sampling = (
+    policy, reference, old_policy = (
         # Experts one by one: the grouped product does not take float64.
         AutoModelForCausalLM.from_pretrained(path or policy_dir, dtype=torch.float64, experts_implementation="eager")
-        for path in (policy_dir, reference_dir, sampling_dir)
+        for path in (policy_dir, reference_dir, old_dir)
     )
     total, weights = torch.zeros((), dtype=torch.float64), []
     num_tokens = sum(len(response) for _, response, _, _ in rows)
@@ -38,15 +38,15 @@ def dense_step(policy_dir, reference_dir, rows, algorithm, temperature, vocab_si
         log_pi = torch.log_softmax(policy(ids).logits[0, place] / temperature, -1)
         with torch.no_grad():
             log_rho = torch.log_softmax(reference(ids).logits[0, place] / temperature, -1)
-            log_mu = torch.log_softmax(sampling(ids).logits[0, place] / temperature, -1)
+            log_old = torch.log_softmax(old_policy(ids).logits[0, place] / temperature, -1)
         index = torch.tensor(response)[:, None]
         chosen = log_pi.gather(-1, index)[:, 0]
         if old is None:
-            old = log_mu.gather(-1, index)[:, 0]
+            old = log_old.gather(-1, index)[:, 0]
         entropy = -(log_pi.exp() * log_pi).sum(-1)
         w = torch.ones(len(response), dtype=torch.float64)
         if algorithm.credit == "distribution_guided":
-            scored = (log_pi if algorithm.scored_by == "current" else log_mu).detach()
+            scored = (log_pi if algorithm.scored_by == "current" else log_old).detach()
             d = 1 - (scored.exp() * log_rho.exp()).sqrt().sum(-1)
             h = -(scored.exp() * scored).sum(-1)
             largest = math.log(vocab_size) if algorithm.entropy_norm == "log_vocab" else h.max()

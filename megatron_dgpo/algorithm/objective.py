@@ -134,7 +134,7 @@ def policy_objective(
         token_loss = token_loss - config.entropy_bonus * statistics.entropy
     loss, normaliser = aggregate(token_loss, cu_seqlens, config.aggregation)
     with torch.no_grad():
-        difference = old_logprobs - batch.packed_sampling_logprobs
+        difference = old_logprobs - batch.packed_generator_logprobs
         gap = difference.abs()
         metrics = {
             "tokens": lengths.sum(),
