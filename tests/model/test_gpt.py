@@ -53,7 +53,7 @@ def megatron_logits(model_dirs, parallel):
         rows = sequences()[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
         batch = Batch.from_sequences([r[:1].tolist() for r in rows], [r[1:].tolist() for r in rows])
         with torch.no_grad():
-            parts = run_schedule(chunks, batch.split(1), lambda b, i, hidden, head: hidden @ head.t())
+            parts = run_schedule(chunks, batch.split(1), lambda b, hidden, head: hidden @ head.t())
         found[family] = torch.stack(parts) if parts else None
     return found, parallel_state.get_data_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
 
