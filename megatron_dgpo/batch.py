@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -114,3 +114,9 @@ class Batch:
     def pack_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[S, B, H] final hidden states -> [N, H]: for each response token, the state that predicts it."""
         return hidden_states.transpose(0, 1)[:, :-1][self.response_mask[:, 1:]]
+
+
+def with_known(micro_batches: list[Batch], found: list[dict[str, torch.Tensor]]) -> list[Batch]:
+    """The same with each one's packed fields in `found`, which is empty on all pipeline stages but the last."""
+    known = found or [{}] * len(micro_batches)
+    return [replace(batch, **fields) for batch, fields in zip(micro_batches, known, strict=True)]

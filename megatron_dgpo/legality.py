@@ -23,7 +23,7 @@ _WORKERS = "rollout.servers × rollout.tensor"
 
 def check(refusals: Iterable[str]) -> None:
     """Raise UsageError with the first."""
-    for refusal in refusals:
+    if refusal := first(refusals):
         raise UsageError(refusal)
 
 

@@ -32,7 +32,7 @@ _TIERS = {
     "slurm": ("slurm/",),
     "server": ("test_train", "test_examples", "rollout/test_shards", "rollout/test_server", "weights/test_convert"),
     "slow": (
-        *("test_resume", "test_oracle", "test_session", "test_check_gpu", "test_tools", "fuzz/", "model/"),
+        *("test_resume", "test_oracle", "test_session", "test_check_gpu", "fuzz/", "model/"),
         *("statistics/", "planning/", "rollout/test_transfer", "weights/test_round_trip", "rewards/test_pool"),
     ),
 }

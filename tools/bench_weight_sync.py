@@ -33,6 +33,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from megatron_dgpo.layout import Layout, ServerLayout  # noqa: E402
+from megatron_dgpo.model.collectives import all_gathered  # noqa: E402
 from megatron_dgpo.planning.hardware import Gpu, read_gpu  # noqa: E402
 from megatron_dgpo.planning.memory import vllm_weights  # noqa: E402
 from megatron_dgpo.planning.sides import RolloutSide, TrainerSide  # noqa: E402
@@ -125,8 +126,7 @@ def process(rank: int, trainer: Layout, vllm: ServerLayout, options, ports: tupl
         # What the copy starts from: not this machine's page of zeros, which many addresses share.
         filled = {name: torch.ones_like(tensor) for name, tensor in live.items()}
 
-    handles: list = [None] * size
-    dist.all_gather_object(handles, shared_memory.share(shards))
+    handles = all_gathered(shared_memory.share(shards))
     memory = [shared_memory.attach(held) if worker >= 0 else {} for held in handles]
 
     def in_place() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_dgpo.algorithm.credit import credit_concentration, credit_weights, gated_scores
 from megatron_dgpo.algorithm.policy_loss import aggregate, ppo_clip
-from megatron_dgpo.batch import Batch
+from megatron_dgpo.batch import Batch, with_known
 from megatron_dgpo.config import Algorithm, Config
 from megatron_dgpo.statistics import TokenStatistics, token_statistics
 
@@ -86,8 +85,7 @@ class Objective:
             statistics, _, credit = self.signal(batch, hidden_states, head_weight)
             return {"old_logprobs": statistics.logprobs, "credit": credit}
 
-        found = forward(micro_batches, now) or [{}] * len(micro_batches)
-        return [dataclasses.replace(batch, **known) for batch, known in zip(micro_batches, found, strict=True)]
+        return with_known(micro_batches, forward(micro_batches, now))
 
 
 def token_credit(statistics: TokenStatistics, cu_seqlens: torch.Tensor, vocab_size: int, config: Algorithm):

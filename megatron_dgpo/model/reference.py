@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from megatron.core import parallel_state
 
-from megatron_dgpo.batch import Batch
+from megatron_dgpo.batch import Batch, with_known
 from megatron_dgpo.config import Config
 from megatron_dgpo.model.gpt import build_chunks
 from megatron_dgpo.model.policy import run_schedule
@@ -43,13 +41,11 @@ class Reference:
         Collective over the replica. 2·H bytes a token in bfloat16, for as long as the micro-batches are kept.
         """
         self._reach_device()
-        states = run_schedule(self.modules, micro_batches, lambda batch, hidden_states, head: hidden_states)
+        states = run_schedule(
+            self.modules, micro_batches, lambda batch, hidden_states, head: {"reference_states": hidden_states}
+        )
         self._leave_device(keep_head=True)
-        # Elsewhere than on the last stage there are none.
-        return [
-            dataclasses.replace(batch, reference_states=found)
-            for batch, found in zip(micro_batches, states or [None] * len(micro_batches), strict=True)
-        ]
+        return with_known(micro_batches, states)
 
     @property
     def head_weight(self) -> torch.Tensor | None:
