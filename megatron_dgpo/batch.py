@@ -53,14 +53,13 @@ class Batch:
         responses: Sequence[Sequence[int]],
         advantages: Sequence[float] | None = None,
         logprobs: Sequence[Sequence[float]] | None = None,
-        pad_token_id: int = 0,
         multiple_of: int = 1,
     ) -> Batch:
         """Pad token lists to [B, S], S a multiple of `multiple_of` (the tensor-parallel size under SP)."""
         length = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
         length = -(-length // multiple_of) * multiple_of
         size = (len(prompts), length)
-        tokens = torch.full(size, pad_token_id, dtype=torch.int64)
+        tokens = torch.zeros(size, dtype=torch.int64)
         mask = torch.zeros(size, dtype=torch.bool)
         sampled = torch.zeros(size, dtype=torch.float32)
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):

@@ -80,7 +80,7 @@ class Node:
             with contextlib.suppress(FileNotFoundError):
                 os.listdir(self.logs)
             time.sleep(_POLL_S)
-        raise UsageError(f"waited {timeout_s:g} s (rollout.start_timeout_s) for {what}: {file} has not appeared")
+        raise UsageError(f"waited {timeout_s:g} s (servers.start_timeout_s) for {what}: {file} has not appeared")
 
     def is_first_failure(self) -> bool:
         """True for the first caller of the whole job: its failure caused the others'."""

@@ -187,9 +187,16 @@ class Rollout(Section):
     max_response_tokens: Count = 1024
     context_tokens: Count = 2048
     """Longest prompt plus response, in tokens."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the engine's weights; auto: model.dtype."""
-    servers: Count = 1
+    request_timeout_s: Seconds = 1800
+    """Longest wait for one step's responses."""
+    record: bool = False
+    """Keep every response with its log-probs under run.dir/rollouts, for inspection and replay."""
+    replay: FilePath | None = None
+    """Folder of recorded responses to train on instead of sampling; no server is used."""
+
+
+class Servers(Section):
+    count: Count = 1
     """vLLM servers that this command starts on this machine."""
     tensor: Count = 1
     """Tensor-parallel size of each server."""
@@ -197,36 +204,35 @@ class Rollout(Section):
     """Experts whole on one of a server's workers each, instead of all cut over all workers."""
     addresses: tuple[Text, ...] = ()
     """Running servers (http://host:port), instead of starting any; their secret in MEGATRON_DGPO_SECRET."""
-    transport: Literal["auto", "memory", "shards", "ipc"] = "auto"
-    """How weights travel. memory: workers on this machine read their shards in place, on a CPU; shards: the ranks that
-    hold them send them, over gloo or NCCL; ipc: vLLM's own, of gathered tensors, to servers on the ranks' GPUs. auto:
-    memory on CPU, on GPUs shards, or ipc if the servers sleep."""
-    sleep: bool = False
-    """Servers free their GPUs' memory while the policy trains, for servers on the ranks' own GPUs (transport ipc)."""
-    bucket_bytes: Bytes = 256 * 2**20
-    """Most bytes that a worker receives at once. shards: both sides hold two such buckets; ipc: both hold one, or as
-    much as the largest tensor needs."""
-    transfer_timeout_s: Seconds = 30
-    """shards: longest wait for the other side to take or to give a bucket."""
-    check_all_weights: bool = False
-    """Compare every parameter's checksum after each update, instead of a sixteenth of them in turn."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of their weights; auto: model.dtype."""
+    max_concurrent: Count = 128
+    """Sequences a server decodes at once."""
     memory_bytes: Bytes = 256 * 2**20
     """KV cache of a CPU server."""
     gpu_memory_fraction: float = Field(0.85, gt=0, le=1)
     """Part of a GPU that a server may take."""
-    max_concurrent: Count = 128
-    """Sequences a server decodes at once."""
+    sleep: bool = False
+    """They free their GPUs' memory while the policy trains, for servers on the ranks' own GPUs (transport ipc)."""
     enforce_eager: bool | None = None
     """No torch.compile and CUDA graphs in the server; null: only on CPU."""
     start_timeout_s: Seconds = 600
-    request_timeout_s: Seconds = 1800
-    """Longest wait for one step's responses."""
-    update_timeout_s: Seconds = 600
-    """Longest wait for each step of a weight update, and before the first for all workers to be there."""
-    record: bool = False
-    """Keep every response with its log-probs under run.dir/rollouts, for inspection and replay."""
-    replay: FilePath | None = None
-    """Folder of recorded responses to train on instead of sampling; no server is used."""
+
+
+class WeightUpdates(Section):
+    transport: Literal["auto", "memory", "shards", "ipc"] = "auto"
+    """How weights travel. memory: workers on this machine read their shards in place, on a CPU; shards: the ranks that
+    hold them send them, over gloo or NCCL; ipc: vLLM's own, of gathered tensors, to servers on the ranks' GPUs. auto:
+    memory on CPU, on GPUs shards, or ipc if the servers sleep."""
+    bucket_bytes: Bytes = 256 * 2**20
+    """Most bytes that a worker receives at once. shards: both sides hold two such buckets; ipc: both hold one, or as
+    much as the largest tensor needs."""
+    timeout_s: Seconds = 600
+    """Longest wait for each step of an update, and before the first for all workers to be there."""
+    bucket_timeout_s: Seconds = 30
+    """shards: longest wait for the other side to take or to give a bucket."""
+    check_all: bool = False
+    """Compare every parameter's checksum after each update, instead of a sixteenth of them in turn."""
     canary_tolerance: PositiveFloat | None = None
     """Mean |trainer - server| log-prob of the server's greedy text that stops training; null: 1e-3 in float32,
     otherwise 0.2 at the first update, and then 3 times what it was there, or 0.1."""
@@ -294,6 +300,8 @@ class Config(Section):
     optimizer: Optimizer = Optimizer()
     algorithm: Algorithm = Algorithm()
     rollout: Rollout = Rollout()
+    servers: Servers = Servers()
+    weight_sync: WeightUpdates = WeightUpdates()
     data: Data
     reward: Reward = Reward()
     checkpoint: Checkpoint = Checkpoint()

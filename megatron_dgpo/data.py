@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError, shown
-from megatron_dgpo.rollout.sample import Prompt
+from megatron_dgpo.rollout.response import Prompt
 
 _MOST_LEVELS = 100
 """Of lists and objects in a row. Graders get rows pickled, and pickle ends at about 500."""
@@ -47,6 +47,16 @@ def load_tokenizer(model_dir: Path):
     if tokenizer.eos_token_id is None:
         raise UsageError(f"the tokenizer of {model_dir} has no end token (eos_token): responses could not end")
     return tokenizer
+
+
+def end_tokens(model_dir: Path, tokenizer) -> list[int]:
+    """Whatever the model's own generation settings call an end."""
+    found = {tokenizer.eos_token_id}
+    path = model_dir / "generation_config.json"
+    if path.is_file():
+        ends = json.loads(path.read_text()).get("eos_token_id") or []
+        found |= set(ends if isinstance(ends, list) else [ends])
+    return sorted(token for token in found if token is not None)
 
 
 def load_prompts(config: Config, path: Path, setting: str, tokenizer) -> list[Prompt]:

@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_dgpo import checkpoint
 from megatron_dgpo.config import Config
-from megatron_dgpo.data import load_prompts
-from megatron_dgpo.experience import write_samples
+from megatron_dgpo.data import end_tokens, load_prompts, load_tokenizer
 from megatron_dgpo.manifest import newest, read_manifest
 from megatron_dgpo.metrics import pass_at_k
-from megatron_dgpo.rollout.sample import Prompt
-from megatron_dgpo.session import Session
+from megatron_dgpo.rollout.client import Engines
+from megatron_dgpo.rollout.recording import write_responses
+from megatron_dgpo.rollout.response import Prompt
+from megatron_dgpo.rollout.source import RolloutSource
+from megatron_dgpo.session import Session, world
+from megatron_dgpo.weight_sync.sync import ServerSleep, WeightSync
 
 
-def evaluate(session: Session, problems: list[Prompt], step: int) -> dict[str, float]:
+def evaluate(config: Config, rollouts: RolloutSource, problems: list[Prompt], step: int) -> dict[str, float]:
     """`eval.samples` responses to every problem; writes them to run.dir/eval. Collective over all ranks.
 
     A response is correct when its reward is at least 1. `accuracy` is avg@k, the mean over all responses.
     """
-    config = session.config
     if not problems or config.rollout.replay:
         return {}
     k = config.eval.samples
-    scored = session.experience.evaluate(problems[: config.eval.problems], k, config.eval.temperature)
+    responses = rollouts.evaluate(problems[: config.eval.problems], k, config.eval.temperature)
     if dist.get_rank() == 0:
-        write_samples(config.run.dir / "eval" / f"step_{step:08d}.jsonl", scored)
+        write_responses(config.run.dir / "eval" / f"step_{step:08d}.jsonl", responses)
     correct: dict[int, int] = {}
-    for item in scored:
-        index = item.sample.prompt.index
-        correct[index] = correct.get(index, 0) + item.correct
+    for response in responses:
+        index = response.prompt.index
+        correct[index] = correct.get(index, 0) + response.correct
     metrics = {
-        "eval/accuracy": sum(correct.values()) / len(scored),
-        "eval/reward": sum(item.reward for item in scored) / len(scored),
-        "eval/response_length": sum(len(item.sample.token_ids) for item in scored) / len(scored),
+        "eval/accuracy": sum(correct.values()) / len(responses),
+        "eval/reward": sum(r.reward for r in responses) / len(responses),
+        "eval/response_length": sum(len(r.token_ids) for r in responses) / len(responses),
     }
     for j in _powers_of_two(k):
         metrics[f"eval/pass_at_{j}"] = sum(pass_at_k(k, count, j) for count in correct.values()) / len(correct)
@@ -47,15 +50,24 @@ def evaluate_policy(config: Config, folder: Path | None, from_model: bool) -> No
 
     Collective: called by every rank.
     """
-    with Session(config, "eval") as session:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(world(config))
+        tokenizer = load_tokenizer(config.model.path)
+        problems = load_prompts(config, config.data.eval, "data.eval", tokenizer)
+        engines = Engines.of_run(config, end_tokens(config.model.path, tokenizer))
+        sleep = ServerSleep(config, engines)
+        sleep.begin()
+        session = stack.enter_context(Session(config, "eval"))
+        policy, architecture = session.policy, session.architecture
+        rollouts = stack.enter_context(RolloutSource(config, engines, tokenizer))
+        weight_sync = stack.enter_context(WeightSync(config, engines, sleep, policy, architecture, problems))
         step = 0
         if not from_model:
             path = folder or newest(config.run.dir / "checkpoints")
-            checkpoint.load(path, session.policy, weights_only=True)
+            checkpoint.load(path, policy, weights_only=True)
             step = read_manifest(path)["progress"]["step"]
-        problems = load_prompts(config, config.data.eval, "data.eval", session.tokenizer)
-        session.weight_sync(problems).push(step)
-        metrics = evaluate(session, problems, step)
+        weight_sync.push(step)
+        metrics = evaluate(config, rollouts, problems, step)
         if dist.get_rank() == 0:
             k = config.eval.samples
             shares = [f"pass@{j}={metrics[f'eval/pass_at_{j}']:.4f}" for j in _powers_of_two(k)]

@@ -1,7 +1,7 @@
 """One machine, alone or a node of a SLURM job: start vLLM servers and trainer ranks, watch them, and end all of them
 when any one fails.
 
-Under torchrun, which starts the ranks itself, this file is not used: `rollout.addresses` names the servers and
+Under torchrun, which starts the ranks itself, this file is not used: `servers.addresses` names the servers and
 MEGATRON_DGPO_SECRET carries their secret, here as there.
 """
 
@@ -50,7 +50,7 @@ def launch(arguments: list[str], config: Config, node: Node, world_size: int, ne
     ranks: list[process.Child] = []
     _handle_signals(ranks, gently=arguments[0] != "eval")
     try:
-        addresses = list(config.rollout.addresses)
+        addresses = list(config.servers.addresses)
         if needs_servers and not addresses:
             servers, addresses = server.start(config, secret, node.logs)
         master = _agree_on_master(config, node)
@@ -95,7 +95,7 @@ def _handle_signals(ranks: list[process.Child], gently: bool) -> None:
 def _agree_on_master(config: Config, node: Node) -> tuple[str, int]:
     """Where rank 0 gathers the others: a port that is free on the first node."""
     if node.index:
-        return tuple(node.read("master", config.rollout.start_timeout_s, "the first trainer node"))
+        return tuple(node.read("master", config.servers.start_timeout_s, "the first trainer node"))
     master = node.address, server.free_port(node.address)
     if node.count > 1:
         node.publish("master", master)
@@ -160,18 +160,18 @@ def trainer_size(config: Config, node: Node) -> int:
 def find_servers(config: Config, node: Node) -> Config:
     """With the addresses of the servers that the job's rollout nodes have started, if it has any."""
     if not node.rollout_nodes:
-        if node.count > 1 and not config.rollout.addresses:
-            raise UsageError("a job of several trainer nodes needs rollout nodes, or rollout.addresses")
+        if node.count > 1 and not config.servers.addresses:
+            raise UsageError("a job of several trainer nodes needs rollout nodes, or servers.addresses")
         return config
     addresses: list[str] = []
     for index in range(node.rollout_nodes):
         what = f"the vLLM servers of rollout node {index}"
-        addresses += node.read(f"servers_{index}", config.rollout.start_timeout_s, what)
-    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"addresses": tuple(addresses)})})
+        addresses += node.read(f"servers_{index}", config.servers.start_timeout_s, what)
+    return config.model_copy(update={"servers": config.servers.model_copy(update={"addresses": tuple(addresses)})})
 
 
 def serve(config: Config, host: str, port: int) -> int:
-    """Become one vLLM server, as training expects it, for `rollout.addresses` of another command."""
+    """Become one vLLM server, as training expects it, for `servers.addresses` of another command."""
     server.secret()
     stop.unblock()
     command = server.command(config, port, host)
@@ -179,14 +179,14 @@ def serve(config: Config, host: str, port: int) -> int:
 
 
 def serve_node(config: Config, node: Node) -> int:
-    """Run `rollout.servers` servers on this rollout node of a job until SIGINT; ends all when any one ends."""
+    """Run `servers.count` servers on this rollout node of a job until SIGINT; ends all when any one ends."""
     for number in _AT_ONCE:
         signal.signal(number, _interrupt)
     # The stop signals are not for servers, which the trainer needs until its last step is done.
     stop.block()
     servers: list[process.Child] = []
     try:
-        first = node.index * config.rollout.servers
+        first = node.index * config.servers.count
         servers, addresses = server.start(config, server.secret(), node.logs, node, first)
         node.publish(f"servers_{node.index}", addresses)
         _report(process.supervise([], servers), servers, node)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dgpo.config import Parallel, Rollout
+from megatron_dgpo.config import Parallel, Servers
 
 # vLLM pads its vocabulary to a multiple of this before it splits it (DEFAULT_VOCAB_PADDING_SIZE).
 _VLLM_VOCAB_MULTIPLE = 64
@@ -108,9 +108,9 @@ class ServerLayout:
     """Every expert is whole on one of a server's workers; otherwise each is cut over all of them."""
 
     @classmethod
-    def from_config(cls, rollout: Rollout, servers: int | None = None) -> ServerLayout:
-        """Of so many servers; None: of those that one machine starts."""
-        return cls(rollout.tensor, rollout.servers if servers is None else servers, rollout.expert_parallel)
+    def from_config(cls, servers: Servers, count: int | None = None) -> ServerLayout:
+        """Of `count` servers; None: of those that one machine starts."""
+        return cls(servers.tensor, servers.count if count is None else count, servers.expert_parallel)
 
     @property
     def num_workers(self) -> int:

@@ -18,7 +18,7 @@ from megatron_dgpo.weights.architectures import Architecture
 PROCESSES_PER_CORE = 16
 """More ranks and servers' workers than that, each a Python process with PyTorch, a CPU only swaps."""
 _RANKS = "parallel.tensor × pipeline × data"
-_WORKERS = "rollout.servers × rollout.tensor"
+_WORKERS = "servers.count × servers.tensor"
 
 
 def check(refusals: Iterable[str]) -> None:
@@ -128,22 +128,22 @@ def of_server(architecture: Architecture, server: ServerLayout) -> Iterator[str]
     """Sizes by which vLLM would not cut the model."""
     size, heads, groups = server.tensor, architecture.num_attention_heads, architecture.num_query_groups
     if heads % size:
-        yield f"rollout.tensor={size} does not divide num_attention_heads={heads}"
+        yield f"servers.tensor={size} does not divide num_attention_heads={heads}"
     if groups % size and size % groups:
-        yield f"rollout.tensor={size} and num_key_value_heads={groups}: neither divides the other"
+        yield f"servers.tensor={size} and num_key_value_heads={groups}: neither divides the other"
     ffn = architecture.expert_ffn_hidden_size or architecture.ffn_hidden_size
     if server.expert_parallel:
         if not architecture.num_experts or architecture.num_experts % size:
             yield (
-                f"rollout.expert_parallel=true, but rollout.tensor={size} does not divide {architecture.num_experts} "
+                f"servers.expert_parallel=true, but servers.tensor={size} does not divide {architecture.num_experts} "
                 "experts; set it to false"
             )
     elif ffn % size:
-        hint = "; set rollout.expert_parallel=true" if architecture.num_experts else ""
-        yield f"rollout.tensor={size} does not divide the intermediate size {ffn}{hint}"
+        hint = "; set servers.expert_parallel=true" if architecture.num_experts else ""
+        yield f"servers.tensor={size} does not divide the intermediate size {ffn}{hint}"
     vocab = vllm_vocab_size(architecture.vocab_size)
     if vocab % size:
-        yield f"rollout.tensor={size} does not divide the padded vocabulary {vocab}"
+        yield f"servers.tensor={size} does not divide the padded vocabulary {vocab}"
 
 
 # Machines
@@ -159,7 +159,7 @@ def of_cores(ranks: int, workers: int, cores: int) -> Iterator[str]:
     """Ranks and vLLM's workers that start together on a machine without GPUs."""
     if ranks + workers > PROCESSES_PER_CORE * cores:
         yield (
-            f"{ranks} ranks ({_RANKS}) and {workers} vLLM workers (rollout.servers × tensor) are too many for the "
+            f"{ranks} ranks ({_RANKS}) and {workers} vLLM workers (servers.count × tensor) are too many for the "
             f"{cores} CPU cores of this machine"
         )
 
@@ -170,13 +170,13 @@ def of_gpus(ranks: int, workers: int, gpus: int, sleep: bool) -> Iterator[str]:
         yield f"{_RANKS} = {ranks} ranks here, but this machine has {gpus} GPUs"
     if sleep and workers > ranks:
         yield (
-            f"rollout.sleep=true shares the ranks' GPUs, but {_WORKERS} = {workers} GPUs, and {_RANKS} = {ranks} "
+            f"servers.sleep=true shares the ranks' GPUs, but {_WORKERS} = {workers} GPUs, and {_RANKS} = {ranks} "
             "ranks: a worker would be on a GPU that no rank sends its weights from; use as many ranks, or fewer workers"
         )
     if not sleep and ranks + workers > gpus:
         yield (
             f"{_RANKS} = {ranks} and {_WORKERS} = {workers} GPUs are more than the {gpus} of this machine; use "
-            "fewer, or let the servers share the ranks' GPUs with rollout.sleep=true"
+            "fewer, or let the servers share the ranks' GPUs with servers.sleep=true"
         )
 
 
@@ -185,7 +185,7 @@ def of_server_gpus(server: ServerLayout, index: int, first_gpu: int, gpus: int) 
     last = first_gpu + server.tensor - 1
     if last >= gpus:
         yield (
-            f"server {index} with rollout.tensor={server.tensor} would be on GPUs {first_gpu} to {last}, but this "
+            f"server {index} with servers.tensor={server.tensor} would be on GPUs {first_gpu} to {last}, but this "
             f"machine has {gpus}"
         )
 
@@ -210,7 +210,7 @@ def of_trainer_nodes(parallel: Parallel, gpus: int) -> Iterator[str]:
 def of_rollout_node(server: ServerLayout, gpus: int) -> Iterator[str]:
     if server.num_workers > gpus:
         yield (
-            f"{_WORKERS} = {server.num_workers} GPUs a node, but they have {gpus}: rollout.servers counts those of "
+            f"{_WORKERS} = {server.num_workers} GPUs a node, but they have {gpus}: servers.count counts those of "
             "one node"
         )
 
@@ -221,6 +221,6 @@ def of_cluster(layout: Layout, server: ServerLayout, gpus: int, shared: bool, ma
     if (gpus if shared else rest) != machines * server.num_workers:
         yield (
             f"of --gpus={gpus} the trainer takes {layout.world_size} ({_RANKS}); the other {rest}, or all of them if "
-            f"shared, are not {machines} machines of {server.num_workers} GPUs (rollout.tensor × servers): change "
+            f"shared, are not {machines} machines of {server.num_workers} GPUs (servers.tensor × servers): change "
             "these or --gpus"
         )

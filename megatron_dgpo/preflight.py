@@ -97,20 +97,20 @@ def check_layout(command: str, config: Config, architecture: Architecture, layou
     if command == "train":
         step = rollout.prompts_per_step, rollout.group_size, rows.minibatches, rows.micro_batch_size
         legality.check(legality.of_step(layout, *step))
-    legality.check(legality.of_server(architecture, ServerLayout.from_config(rollout)))
+    legality.check(legality.of_server(architecture, ServerLayout.from_config(config.servers)))
 
 
 def _check_devices(config: Config, ranks: int, servers: int) -> None:
     """`ranks` and `servers` of this machine, which start together."""
-    workers = ServerLayout.from_config(config.rollout, servers).num_workers
+    workers = ServerLayout.from_config(config.servers, servers).num_workers
     if not torch.cuda.is_available():
         legality.check(legality.of_cores(ranks, workers, len(os.sched_getaffinity(0))))
         return
-    legality.check(legality.of_gpus(ranks, workers, torch.cuda.device_count(), config.rollout.sleep))
-    if servers and not config.rollout.sleep and server.transport(config) == "ipc":
+    legality.check(legality.of_gpus(ranks, workers, torch.cuda.device_count(), config.servers.sleep))
+    if servers and not config.servers.sleep and server.transport(config) == "ipc":
         raise UsageError(
-            "rollout.transport=ipc is for servers on the ranks' own GPUs, and with rollout.sleep=false these have "
-            "others; use shards, or set rollout.sleep=true"
+            "weight_sync.transport=ipc is for servers on the ranks' own GPUs, and with servers.sleep=false these have "
+            "others; use shards, or set servers.sleep=true"
         )
 
 
@@ -132,39 +132,39 @@ def _check_overlaps(parallel: Parallel) -> None:
 
 
 def _check_rollouts(config: Config) -> None:
-    rollout = config.rollout
+    rollout, servers, transport = config.rollout, config.servers, config.weight_sync.transport
     if rollout.max_response_tokens >= rollout.context_tokens:
         raise UsageError(
             f"rollout.max_response_tokens={rollout.max_response_tokens} leaves no room for a prompt in "
             f"rollout.context_tokens={rollout.context_tokens}"
         )
-    if rollout.expert_parallel and not torch.cuda.is_available():
-        raise UsageError("rollout.expert_parallel=true: vLLM's experts on a CPU cannot do that; set it to false")
+    if servers.expert_parallel and not torch.cuda.is_available():
+        raise UsageError("servers.expert_parallel=true: vLLM's experts on a CPU cannot do that; set it to false")
     if rollout.replay and not rollout.replay.is_dir():
         raise UsageError(f"rollout.replay={rollout.replay} is not a folder of recorded responses")
-    if rollout.sleep and torch.cuda.is_available() and server.transport(config) != "ipc":
+    if servers.sleep and torch.cuda.is_available() and server.transport(config) != "ipc":
         raise UsageError(
-            f"rollout.sleep is for servers on the ranks' own GPUs, which rollout.transport={rollout.transport} cannot "
+            f"servers.sleep is for servers on the ranks' own GPUs, which weight_sync.transport={transport} cannot "
             "reach; use ipc"
         )
-    needed = {"memory": False, "ipc": True}.get(rollout.transport)
+    needed = {"memory": False, "ipc": True}.get(transport)
     if needed is not None and needed != torch.cuda.is_available():
         where = "GPUs, and there are none here" if needed else "the CPU, and here are GPUs"
-        raise UsageError(f"rollout.transport={rollout.transport} is for {where}; use auto")
-    for address in rollout.addresses:
+        raise UsageError(f"weight_sync.transport={transport} is for {where}; use auto")
+    for address in servers.addresses:
         _check_address(config, address)
-    if len(set(rollout.addresses)) < len(rollout.addresses):
-        raise UsageError("rollout.addresses names a server twice")
+    if len(set(servers.addresses)) < len(servers.addresses):
+        raise UsageError("servers.addresses names a server twice")
 
 
 def _check_address(config: Config, address: str) -> None:
     host = _host_of(address)
     if host is None:
-        raise UsageError(f"rollout.addresses: {shown(address)} is not an address such as http://host:8000")
+        raise UsageError(f"servers.addresses: {shown(address)} is not an address such as http://host:8000")
     if server.transport(config) == "memory" and not _is_loopback(host):
         raise UsageError(
-            f"rollout.addresses: {address} is another machine, but rollout.transport=memory shares memory with "
-            "servers of this one; use rollout.transport=shards"
+            f"servers.addresses: {address} is another machine, but weight_sync.transport=memory shares memory with "
+            "servers of this one; use weight_sync.transport=shards"
         )
 
 

@@ -95,4 +95,4 @@ def _check(config: Config, size: Size) -> None:
         legality.check(legality.of_trainer_nodes(config.parallel, size.nodes * size.gpus))
     per_node = size.rollout_gpus or size.gpus
     if size.rollout_nodes and per_node:
-        legality.check(legality.of_rollout_node(ServerLayout.from_config(config.rollout), per_node))
+        legality.check(legality.of_rollout_node(ServerLayout.from_config(config.servers), per_node))

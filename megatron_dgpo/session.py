@@ -1,10 +1,10 @@
-"""What one rank works with during a run: process groups, policy, tokenizer, metrics, servers."""
+"""What one rank of any command works with: process groups, policy, metrics, checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,18 +15,12 @@ from megatron.core import parallel_state
 from megatron_dgpo import checkpoint
 from megatron_dgpo.batch import Batch
 from megatron_dgpo.config import Config
-from megatron_dgpo.data import load_tokenizer
-from megatron_dgpo.experience import Experience
 from megatron_dgpo.manifest import Origins, Progress, origins
 from megatron_dgpo.metrics import MetricsLog
 from megatron_dgpo.model import device
 from megatron_dgpo.model.collectives import from_rank_0
-from megatron_dgpo.model.parallel import initialize_parallel, is_replica_leader
+from megatron_dgpo.model.parallel import initialize_parallel
 from megatron_dgpo.model.policy import LossFunction, Policy, StepResult
-from megatron_dgpo.rollout import server
-from megatron_dgpo.rollout.client import Engines
-from megatron_dgpo.rollout.sample import Prompt
-from megatron_dgpo.weight_sync.sync import ServerSleep, WeightSync
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.export import export_hf
 from megatron_dgpo.weights.load import load_weights
@@ -39,10 +33,19 @@ def patience(config: Config) -> timedelta:
 
     The other long waits are short of it: for one file of an export (5 GB), and for one rank's part of a checkpoint.
     """
-    rollout = config.rollout
-    return _MARGIN + timedelta(
-        seconds=max(rollout.request_timeout_s, rollout.start_timeout_s, rollout.update_timeout_s)
-    )
+    waits = config.rollout.request_timeout_s, config.servers.start_timeout_s, config.weight_sync.timeout_s
+    return _MARGIN + timedelta(seconds=max(waits))
+
+
+@contextlib.contextmanager
+def world(config: Config) -> Iterator[None]:
+    """This rank has its device and has met the others, and nothing of the trainer is on any GPU yet."""
+    device.init_device()
+    dist.init_process_group(device.backend(), timeout=patience(config))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 class TrainingStopped(RuntimeError):
@@ -50,7 +53,7 @@ class TrainingStopped(RuntimeError):
 
 
 class Session(contextlib.ExitStack):
-    """A context manager opened by every rank; its methods are collective over all ranks.
+    """A context manager opened by every rank in a `world`; its methods are collective over all ranks.
 
     command: "sft", "train" or "eval", which also names its metrics. optimizer_steps: length of the learning-rate
     schedule.
@@ -59,16 +62,7 @@ class Session(contextlib.ExitStack):
     def __init__(self, config: Config, command: str, optimizer_steps: int = 1) -> None:
         super().__init__()
         self.config, self._command = config, command
-        self.device = device.init_device()
-        dist.init_process_group(device.backend(), timeout=patience(config))
-        self.callback(dist.destroy_process_group)
         self.architecture = read_architecture(config.model.path)
-        self.tokenizer = load_tokenizer(config.model.path)
-        self.sleep = ServerSleep(config, lambda: self._engines)
-        if command != "sft":
-            # Before there are tensors on the ranks' GPUs: a server that starts counts all that disappears from its GPU
-            # as its own, and does not start where the memory is taken.
-            self.sleep.begin()
         initialize_parallel(config.parallel, config.run.seed, patience(config))
         self.replica = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         self.policy = Policy(config, self.architecture, optimizer_steps)
@@ -108,6 +102,12 @@ class Session(contextlib.ExitStack):
 
     # Steps
 
+    def make_batch(self, prompts, responses, advantages=None, logprobs=None) -> Batch:
+        """Padded so that sequence parallelism can split it, on this rank's device."""
+        return Batch.from_sequences(
+            prompts, responses, advantages, logprobs, multiple_of=self.config.parallel.tensor
+        ).to(torch.cuda.current_device())
+
     def step(self, batches: list[Batch], loss: LossFunction, more: bool = False) -> StepResult:
         """Policy.step; tells the user of a skipped one, and raises TrainingStopped when too many follow each other."""
         result = self.policy.step(batches, loss, more)
@@ -120,55 +120,3 @@ class Session(contextlib.ExitStack):
                 "(optimizer.max_skipped_steps): lower optimizer.lr, or look at the newest samples"
             )
         return result
-
-    # Batches
-
-    def make_batch(self, prompts, responses, advantages=None, logprobs=None) -> Batch:
-        """Padded so that sequence parallelism can split it, on this rank's device."""
-        return Batch.from_sequences(
-            prompts,
-            responses,
-            advantages,
-            logprobs,
-            pad_token_id=self.tokenizer.pad_token_id or 0,
-            multiple_of=self.config.parallel.tensor,
-        ).to(self.device)
-
-    # Servers
-
-    @functools.cached_property
-    def _engines(self) -> Engines:
-        """This rank's own way to the servers; waits until they are up."""
-        rollout = self.config.rollout
-        engines = Engines(
-            server.addresses(self.config),
-            server.secret(),
-            rollout.request_timeout_s,
-            self._end_tokens(),
-            rollout.update_timeout_s,
-        )
-        engines.wait_until_healthy(rollout.start_timeout_s)
-        return engines
-
-    @functools.cached_property
-    def experience(self) -> Experience:
-        """Engines and graders, on the first rank of each replica; waits until the servers are up."""
-        speaks = is_replica_leader() and not self.config.rollout.replay
-        return self.enter_context(Experience(self.config, self._engines if speaks else None, self.tokenizer))
-
-    def weight_sync(self, problems: list[Prompt]) -> WeightSync:
-        """What gives the policy's weights to the servers; waits until they are up. problems: for its canary."""
-        speaks = dist.get_rank() == 0 and not self.config.rollout.replay
-        engines = self._engines if speaks else None
-        return self.enter_context(
-            WeightSync(self.config, engines, self.sleep, self.policy, self.architecture, problems)
-        )
-
-    def _end_tokens(self) -> list[int]:
-        """Whatever the model's own generation settings call an end."""
-        found = {self.tokenizer.eos_token_id}
-        path = self.config.model.path / "generation_config.json"
-        if path.is_file():
-            ends = json.loads(path.read_text()).get("eos_token_id") or []
-            found |= set(ends if isinstance(ends, list) else [ends])
-        return sorted(token for token in found if token is not None)

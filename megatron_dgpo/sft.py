@@ -7,10 +7,10 @@ from megatron.core import parallel_state
 
 from megatron_dgpo import stop
 from megatron_dgpo.config import Config
-from megatron_dgpo.data import PromptOrder, load_solutions
+from megatron_dgpo.data import PromptOrder, load_solutions, load_tokenizer
 from megatron_dgpo.manifest import Progress
 from megatron_dgpo.model.policy import LossFunction
-from megatron_dgpo.session import Session
+from megatron_dgpo.session import Session, world
 from megatron_dgpo.statistics import token_statistics
 
 
@@ -19,8 +19,8 @@ def sft(config: Config) -> bool:
 
     Collective: called by every rank.
     """
-    with Session(config, "sft", config.sft.steps) as session:
-        solutions = load_solutions(config, session.tokenizer)
+    with world(config), Session(config, "sft", config.sft.steps) as session:
+        solutions = load_solutions(config, load_tokenizer(config.model.path))
         order = PromptOrder(len(solutions), config.run.seed, config.data.shuffle)
         loss = mean_negative_logprob(session.architecture.vocab_size)
         progress = session.restore()

@@ -1,4 +1,4 @@
-"""What a training step reports: metrics of its samples and updates, and what a user should be told of them."""
+"""What a training step reports: metrics of its responses and updates, and what a user should be told of them."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_dgpo.algorithm.objective import LARGEST
-from megatron_dgpo.experience import Scored
 from megatron_dgpo.metrics import MetricsLog
 from megatron_dgpo.model import device
 from megatron_dgpo.model.policy import StepResult
+from megatron_dgpo.rollout.response import Response
 
 # Mean |log-prob of the trainer - of the servers| of a sampled token: bfloat16 alone stays well below it.
 _WIDE_GAP = 0.05
 
 
-def step_metrics(scored: list[Scored], results: list[StepResult]) -> dict[str, float]:
-    """Of one step: its samples over all replicas, and its optimizer steps; the same on every rank but peak memory.
+def step_metrics(responses: list[Response], results: list[StepResult]) -> dict[str, float]:
+    """Of one step: its responses over all replicas, and its optimizer steps; the same on every rank but peak memory.
 
     Collectives: one all-reduce over data-parallel ranks.
     """
     return {
-        **_sample_metrics(scored),
+        **_response_metrics(responses),
         **policy_metrics(totals(results)),
         "policy/grad_norm": sum(r.grad_norm for r in results) / len(results),
         "policy/lr": results[-1].lr,
@@ -58,16 +58,15 @@ def policy_metrics(sums: dict[str, float]) -> dict[str, float]:
     return metrics
 
 
-def _sample_metrics(scored: list[Scored]) -> dict[str, float]:
-    lengths = [len(s.sample.token_ids) for s in scored]
+def _response_metrics(responses: list[Response]) -> dict[str, float]:
     sums = torch.tensor(
         [
-            len(scored),
-            sum(s.reward for s in scored),
-            sum(s.correct for s in scored),
-            sum(lengths),
-            sum(s.sample.finish_reason == "length" for s in scored),
-            sum(s.failure is not None for s in scored),
+            len(responses),
+            sum(r.reward for r in responses),
+            sum(r.correct for r in responses),
+            sum(len(r.token_ids) for r in responses),
+            sum(r.finish_reason == "length" for r in responses),
+            sum(r.failure is not None for r in responses),
         ],
         dtype=torch.float64,
         device=torch.cuda.current_device(),
@@ -81,7 +80,7 @@ def _sample_metrics(scored: list[Scored]) -> dict[str, float]:
         "rollout/tokens": tokens,
         "rollout/cut_off_share": cut / count,
         "rollout/grader_failures": failed,
-        "rollout/weight_version": float(scored[0].sample.weight_version),
+        "rollout/weight_version": float(responses[0].weight_version),
     }
 
 
@@ -120,6 +119,6 @@ def _other_sampler(metrics: dict[str, float]) -> str | None:
     return (
         f"log-probs of the sampled tokens are {gap:.3g} from the trainer's on average "
         f"(policy/rollout_logprob_gap, at most {_WIDE_GAP:g} is usual in bfloat16): the update takes both for "
-        "one policy; see policy/rollout_kl and policy/rollout_ratio_max, or set rollout.dtype and model.dtype "
+        "one policy; see policy/rollout_kl and policy/rollout_ratio_max, or set servers.dtype and model.dtype "
         "to float32 to see where it comes from"
     )

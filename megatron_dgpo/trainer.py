@@ -5,6 +5,8 @@ prompts -> responses (vLLM) -> rewards -> advantages -> reference -> policy upda
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from megatron.core import parallel_state
 
@@ -12,13 +14,16 @@ from megatron_dgpo import stop
 from megatron_dgpo.algorithm.advantages import group_advantages
 from megatron_dgpo.algorithm.objective import Objective
 from megatron_dgpo.config import Config
-from megatron_dgpo.data import PromptOrder, load_prompts
+from megatron_dgpo.data import PromptOrder, end_tokens, load_prompts, load_tokenizer
 from megatron_dgpo.evaluation import evaluate
-from megatron_dgpo.experience import Scored
 from megatron_dgpo.manifest import Progress
 from megatron_dgpo.model.reference import Reference
-from megatron_dgpo.session import Session
+from megatron_dgpo.rollout.client import Engines
+from megatron_dgpo.rollout.response import Response
+from megatron_dgpo.rollout.source import RolloutSource
+from megatron_dgpo.session import Session, world
 from megatron_dgpo.step_metrics import Warnings, step_metrics
+from megatron_dgpo.weight_sync.sync import ServerSleep, WeightSync
 
 
 def train(config: Config) -> bool:
@@ -26,10 +31,18 @@ def train(config: Config) -> bool:
 
     Collective: called by every rank.
     """
-    with Session(config, "train", config.run.steps * config.batch.minibatches) as session:
-        log = session.log
-        problems = load_prompts(config, config.data.train, "data.train", session.tokenizer)
-        held_out = load_prompts(config, config.data.eval, "data.eval", session.tokenizer) if config.data.eval else []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(world(config))
+        tokenizer = load_tokenizer(config.model.path)
+        problems = load_prompts(config, config.data.train, "data.train", tokenizer)
+        held_out = load_prompts(config, config.data.eval, "data.eval", tokenizer) if config.data.eval else []
+        engines = Engines.of_run(config, end_tokens(config.model.path, tokenizer))
+        sleep = ServerSleep(config, engines)
+        sleep.begin()
+        session = stack.enter_context(Session(config, "train", config.run.steps * config.batch.minibatches))
+        log, policy = session.log, session.policy
+        rollouts = stack.enter_context(RolloutSource(config, engines, tokenizer))
+        weight_sync = stack.enter_context(WeightSync(config, engines, sleep, policy, session.architecture, problems))
         order = PromptOrder(len(problems), config.run.seed, config.data.shuffle)
         reference = Reference(config, session.architecture) if config.algorithm.credit != "uniform" else None
         objective = Objective(
@@ -41,25 +54,24 @@ def train(config: Config) -> bool:
         warnings = Warnings(log)
         progress = session.restore()
         log.start(progress.step, config.run.steps)
-        weight_sync = session.weight_sync(problems)
         weight_sync.push(progress.weight_version)
         if progress.step == 0:
-            log.write(0, evaluate(session, held_out, 0))
+            log.write(0, evaluate(config, rollouts, held_out, 0))
         stopped = stop.asked()
         while progress.step < config.run.steps and not stopped:
             step, last = progress.step + 1, progress.step + 1 == config.run.steps
             with log.phase("rollout"):
                 rows = order.take(progress.prompts, config.rollout.prompts_per_step)
-                scored = session.experience.sample([problems[row] for row in rows], step)
-                session.sleep.begin()
-            metrics = update(session, objective, reference, scored)
+                responses = rollouts.sample([problems[row] for row in rows], step)
+                sleep.begin()
+            metrics = update(session, objective, reference, responses)
             warnings.look(metrics)
             with log.phase("weights"):
                 metrics |= weight_sync.push(step)
             progress = Progress(step, progress.prompts + config.rollout.prompts_per_step, step)
             if last or (config.eval.every and step % config.eval.every == 0):
                 with log.phase("eval"):
-                    metrics |= evaluate(session, held_out, step)
+                    metrics |= evaluate(config, rollouts, held_out, step)
             # Written before the checkpoint: a kill between the two repeats the step, and its row is replaced.
             log.write(step, metrics)
             stopped = stop.asked() and not last
@@ -72,24 +84,24 @@ def train(config: Config) -> bool:
 
 
 def update(
-    session: Session, objective: Objective, reference: Reference | None, scored: list[Scored]
+    session: Session, objective: Objective, reference: Reference | None, responses: list[Response]
 ) -> dict[str, float]:
-    """`batch.minibatches` optimizer steps on a step's samples; returns its metrics. Collective over all ranks.
+    """`batch.minibatches` optimizer steps on a step's responses; returns its metrics. Collective over all ranks.
 
     The micro-batches hold the reference's states, gigabytes of them: they go when this returns.
     """
     config, log = session.config, session.log
     advantages = group_advantages(
-        torch.tensor([s.reward for s in scored], dtype=torch.float64),
+        torch.tensor([r.reward for r in responses], dtype=torch.float64),
         config.rollout.group_size,
         config.algorithm.advantage,
         config.algorithm.advantage_eps,
     )
     micro_batches = session.make_batch(
-        [s.sample.prompt.token_ids for s in scored],
-        [s.sample.token_ids for s in scored],
+        [r.prompt.token_ids for r in responses],
+        [r.token_ids for r in responses],
         advantages.tolist(),
-        [s.sample.logprobs for s in scored],
+        [r.logprobs for r in responses],
     ).split(config.batch.micro_batch_size)
     with log.phase("reference"):
         micro_batches = reference.attach(micro_batches) if reference else micro_batches
@@ -102,4 +114,4 @@ def update(
             session.step(micro_batches[first : first + share], objective, more=first + share < len(micro_batches))
             for first in range(0, len(micro_batches), share)
         ]
-    return step_metrics(scored, results)
+    return step_metrics(responses, results)

@@ -54,7 +54,8 @@ def _present(processes: bool) -> dict[object, object]:
     if processes:
         found |= {("process", child.pid, child.create_time()): child for child in _children()}
     found |= {("thread", thread.ident): thread for thread in threading.enumerate() if not thread.daemon}
-    found |= {("gloo thread", task): task for task in _gloo_threads()}
+    # All: one that has only just been started has no name of its own yet.
+    found |= {("task", task.name): task for task in _tasks()}
     found |= {("file", path): path for path in _SHARED_MEMORY.iterdir()}
     files = Path(tempfile.gettempdir()).iterdir()
     return found | {("file", path): path for path in files if not path.name.startswith(_KEPT)}
@@ -62,7 +63,13 @@ def _present(processes: bool) -> dict[object, object]:
 
 def _left(before: dict, processes: bool) -> dict:
     after = {key: found for key, found in _present(processes).items() if key not in before}
-    return {key: found for key, found in after.items() if not (isinstance(found, Path) and _is_anothers(found))}
+    return {key: found for key, found in after.items() if not _is_no_matter(key[0], found)}
+
+
+def _is_no_matter(kind: str, found: object) -> bool:
+    if kind == "task":
+        return not _is_of_gloo(found)
+    return isinstance(found, Path) and _is_anothers(found)
 
 
 def _children() -> Iterator[psutil.Process]:
@@ -84,13 +91,15 @@ def _orphans() -> Iterator[psutil.Process]:
                 yield candidate
 
 
-def _gloo_threads() -> list[str]:
-    found = []
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):
-            if "gloo" in (task / "comm").read_text():
-                found.append(task.name)
-    return found
+def _tasks() -> Iterator[Path]:
+    """Threads of this process, PyTorch's among them."""
+    return Path("/proc/self/task").iterdir()
+
+
+def _is_of_gloo(task: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return "gloo" in (task / "comm").read_text()
+    return False
 
 
 def left_in_shared_memory(before: set[Path]) -> list[Path]:

@@ -186,7 +186,7 @@ def test_layouts_that_a_mixture_cannot_have(case, capsys):
     case.fails(capsys, ["parallel.expert=3", "number of experts=8"], "parallel.expert=3", "parallel.data=3")
     case.fails(capsys, ["parallel.expert=4", "parallel.tensor × data = 2"], "parallel.expert=4", "parallel.data=2")
     case.fails(capsys, ["parallel.sequence=true"], "parallel.tensor=2")
-    case.fails(capsys, ["rollout.expert_parallel=true", "CPU"], "rollout.expert_parallel=true")
+    case.fails(capsys, ["servers.expert_parallel=true", "CPU"], "servers.expert_parallel=true")
     case.edit_config(case.folder / "mixture", hidden_act="gelu")
     case.fails(capsys, ["hidden_act='gelu'", "'silu'"])
 
@@ -238,7 +238,7 @@ def test_responses_do_not_fill_micro_batches(case, capsys):
 
 
 def test_server_on_another_machine_cannot_share_memory(case, capsys):
-    case.fails(capsys, ["http://10.0.0.1:8000", "memory"], "rollout.addresses=['http://10.0.0.1:8000']")
+    case.fails(capsys, ["http://10.0.0.1:8000", "memory"], "servers.addresses=['http://10.0.0.1:8000']")
 
 
 @pytest.mark.parametrize(
@@ -256,14 +256,14 @@ def test_server_on_another_machine_cannot_share_memory(case, capsys):
     ],
 )
 def test_an_address_that_is_none(case, capsys, address):
-    case.fails(capsys, [f"'{address}'", "http://host:8000"], f"rollout.addresses=['{address}']")
+    case.fails(capsys, [f"'{address}'", "http://host:8000"], f"servers.addresses=['{address}']")
 
 
 def test_addresses_of_servers(case, capsys):
     """IPv6, too; the first that is wrong is named."""
     good = "'http://[::1]:8000', 'http://localhost', 'https://127.0.0.1:1'"
-    case.fails(capsys, ["'http://a:b'", "such as"], f"rollout.addresses=[{good}, 'http://a:b']")
-    case.fails(capsys, ["names a server twice"], f"rollout.addresses=[{good}, 'http://localhost']")
+    case.fails(capsys, ["'http://a:b'", "such as"], f"servers.addresses=[{good}, 'http://a:b']")
+    case.fails(capsys, ["names a server twice"], f"servers.addresses=[{good}, 'http://localhost']")
 
 
 def test_responses_of_an_evaluation_that_are_all_the_same(case, capsys):
@@ -272,23 +272,23 @@ def test_responses_of_an_evaluation_that_are_all_the_same(case, capsys):
 
 
 def test_more_processes_than_a_cpu_can_run(case, capsys):
-    case.fails(capsys, ["1 ranks", "1000000 vLLM workers", "CPU cores"], "rollout.servers=1000000")
+    case.fails(capsys, ["1 ranks", "1000000 vLLM workers", "CPU cores"], "servers.count=1000000")
 
 
 def test_a_transport_for_gpus(case, capsys):
-    case.fails(capsys, ["rollout.transport=ipc is for GPUs"], "rollout.transport=ipc")
+    case.fails(capsys, ["weight_sync.transport=ipc is for GPUs"], "weight_sync.transport=ipc")
 
 
 @pytest.mark.parametrize(
     "overrides, expected",
     [
         # NCCL would say "Duplicate GPU", after minutes.
-        (["rollout.servers=7", "parallel.data=2"], ["= 2 and", "= 7 GPUs", "more than the 8", "rollout.sleep=true"]),
+        (["servers.count=7", "parallel.data=2"], ["= 2 and", "= 7 GPUs", "more than the 8", "servers.sleep=true"]),
         # vLLM would say "IPC handle not found for GPU UUID".
-        (["rollout.servers=2", "rollout.sleep=true"], ["= 2 GPUs", "= 1 ranks", "no rank sends its weights from"]),
-        (["rollout.transport=ipc"], ["rollout.transport=ipc", "set rollout.sleep=true"]),
-        (["rollout.transport=memory"], ["rollout.transport=memory is for the CPU"]),
-        (["rollout.sleep=true", "rollout.transport=shards"], ["rollout.sleep", "use ipc"]),
+        (["servers.count=2", "servers.sleep=true"], ["= 2 GPUs", "= 1 ranks", "no rank sends its weights from"]),
+        (["weight_sync.transport=ipc"], ["weight_sync.transport=ipc", "set servers.sleep=true"]),
+        (["weight_sync.transport=memory"], ["weight_sync.transport=memory is for the CPU"]),
+        (["servers.sleep=true", "weight_sync.transport=shards"], ["servers.sleep", "use ipc"]),
         (["parallel.data=9", "rollout.prompts_per_step=9"], ["9 ranks here", "8 GPUs"]),
     ],
 )

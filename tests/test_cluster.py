@@ -73,7 +73,7 @@ def test_what_one_node_publishes_others_read(tmp_path):
 
 
 def test_waiting_has_an_end(tmp_path):
-    expected = re.escape(f"waited 0.5 s (rollout.start_timeout_s) for the servers: {tmp_path / 'logs' / 's.json'}")
+    expected = re.escape(f"waited 0.5 s (servers.start_timeout_s) for the servers: {tmp_path / 'logs' / 's.json'}")
     with pytest.raises(UsageError, match=expected):
         Node(tmp_path / "logs").read("s", 0.5, "the servers")
 

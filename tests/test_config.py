@@ -67,7 +67,7 @@ def test_home_folders(load, monkeypatch, tmp_path):
 
 def test_other_values_are_yaml(load):
     config = load(
-        "rollout.addresses=[http://a:1, 'http://[::1]:2']",
+        "servers.addresses=[http://a:1, 'http://[::1]:2']",
         "parallel.data=null",
         "model.reference=null",
         "data.chat=true",
@@ -75,7 +75,7 @@ def test_other_values_are_yaml(load):
         "run.steps=1_000",
         text=BASE + "run:\nparallel: {data: 2}\n",
     )
-    assert config.rollout.addresses == ("http://a:1", "http://[::1]:2")
+    assert config.servers.addresses == ("http://a:1", "http://[::1]:2")
     assert config.parallel.data is None and config.model.reference is None and config.data.chat is True
     assert (config.optimizer.lr, config.run.steps) == (1e-5, 1000)
 

@@ -114,8 +114,8 @@ def test_every_gpu_has_one_process(started, tmp_path, name):
     started.job(config, nodes, rollout_nodes) if rollout_nodes else started.machine(config)
     assert set(started.uses().values()) == {1}
     assert len(started.uses()) == GPUS * (nodes + rollout_nodes)
-    assert len(started.servers) == config.rollout.servers * max(1, rollout_nodes)
-    assert all(len(started.gpus_of(s)) == config.rollout.tensor for s in started.servers)
+    assert len(started.servers) == config.servers.count * max(1, rollout_nodes)
+    assert all(len(started.gpus_of(s)) == config.servers.tensor for s in started.servers)
     if rollout_nodes:
         trainers, rollouts = {r.node for r in started.ranks}, {s.node for s in started.servers}
         assert len(trainers) == nodes and len(rollouts) == rollout_nodes and not trainers & rollouts
@@ -157,10 +157,10 @@ def test_servers_are_started_as_training_expects(started, tmp_path, name):
     assert len({s.log for s in started.processes}) == len(started.processes)
     for child in started.servers:
         options = dict(zip(child.command, child.command[1:], strict=False))
-        assert options["--tensor-parallel-size"] == str(config.rollout.tensor)
+        assert options["--tensor-parallel-size"] == str(config.servers.tensor)
         assert options["--max-model-len"] == str(config.rollout.context_tokens)
-        assert options["--max-num-seqs"] == str(config.rollout.max_concurrent)
-        assert options["--gpu-memory-utilization"] == str(config.rollout.gpu_memory_fraction)
+        assert options["--max-num-seqs"] == str(config.servers.max_concurrent)
+        assert options["--gpu-memory-utilization"] == str(config.servers.gpu_memory_fraction)
         assert options["--dtype"] == "bfloat16"
         # Terabytes would be read at the start of 235B's, to be overwritten by the first push.
         assert options["--load-format"] == "dummy"
@@ -173,8 +173,8 @@ def test_servers_are_started_as_training_expects(started, tmp_path, name):
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 def test_servers_that_sleep_share_the_ranks_gpus(started, tmp_path, tensor):
     """All of theirs: vLLM's `ipc` finds a worker's weights by the GPU that both are on."""
-    overrides = ("rollout.transport=auto", "rollout.sleep=true", f"rollout.tensor={tensor}")
-    config, _, _ = recipe("qwen2.5-7b", tmp_path, *overrides, f"rollout.servers={4 // tensor}")
+    overrides = ("weight_sync.transport=auto", "servers.sleep=true", f"servers.tensor={tensor}")
+    config, _, _ = recipe("qwen2.5-7b", tmp_path, *overrides, f"servers.count={4 // tensor}")
     started.machine(config)
     assert started.uses() == {("", str(gpu)): 2 for gpu in range(4)}
     for child in started.servers:
@@ -191,6 +191,6 @@ def test_gpus_that_slurm_gave_are_the_ones_used(started, tmp_path, monkeypatch):
 
 
 def test_more_servers_than_gpus_are_named(started, tmp_path):
-    config, _, _ = recipe("qwen2.5-32b", tmp_path, "rollout.servers=2")
-    with pytest.raises(UsageError, match="server 1 with rollout.tensor=8 .* this machine has 8"):
+    config, _, _ = recipe("qwen2.5-32b", tmp_path, "servers.count=2")
+    with pytest.raises(UsageError, match="server 1 with servers.tensor=8 .* this machine has 8"):
         started.job(config, 8, 8)

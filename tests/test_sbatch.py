@@ -68,7 +68,7 @@ def test_the_command_line_survives_the_shell(capsys):
             "8 ranks do not divide over --nodes=3",
         ),
         (["--nodes=2", "--rollout-nodes=1", "--gpus-per-node=2"], "8 ranks, and the nodes have 4 GPUs"),
-        (["--rollout-nodes=1", "--gpus-per-node=8", "rollout.servers=9"], "rollout.servers × rollout.tensor = 9 GPUs"),
+        (["--rollout-nodes=1", "--gpus-per-node=8", "servers.count=9"], "servers.count × servers.tensor = 9 GPUs"),
         (["--rollout-nodes=1", "--gpus-per-node=3", "parallel.data=null"], "2 does not divide the nodes' 3 GPUs"),
         (["algorithm.tua=1"], "did you mean 'algorithm.tau'"),
     ],

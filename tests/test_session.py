@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dgpo.config import Rollout
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.manifest import check_origins, fingerprint, origins, read_manifest
-from megatron_dgpo.rollout.sample import Sample
+from megatron_dgpo.rollout.response import Response
 from megatron_dgpo.weight_sync.canary import Canary
 from megatron_dgpo.weight_sync.shards import StaleWeightsError
 from tests.layouts import make_config
@@ -74,10 +73,10 @@ class SlowToStart(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def events_of_a_start(model_dir, sleep):
+def events_of_a_start(model_dir, data, command):
     import os
 
-    from megatron_dgpo import session
+    from megatron_dgpo import evaluation, session, trainer
     from megatron_dgpo.rollout.guard import SECRET
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), SlowToStart)
@@ -85,8 +84,9 @@ def events_of_a_start(model_dir, sleep):
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     os.environ[SECRET] = "secret"
-    address = f"http://127.0.0.1:{server.server_port}"
-    config = make_config(model_dir, {}, rollout={"sleep": sleep, "addresses": [address], "transport": "ipc"})
+    servers = {"sleep": True, "addresses": [f"http://127.0.0.1:{server.server_port}"]}
+    files = {"train": data, "eval": data}
+    config = make_config(model_dir, {}, data=files, servers=servers, weight_sync={"transport": "ipc"})
 
     class Made(Exception):
         pass
@@ -95,26 +95,23 @@ def events_of_a_start(model_dir, sleep):
         events.append("policy")
         raise Made
 
-    replaced = {"Policy": make, "initialize_parallel": lambda *_: events.append("groups")}
-    before = {name: getattr(session, name) for name in replaced}
-    world = session.dist.init_process_group, session.dist.destroy_process_group
+    session.Policy, initialize = make, session.initialize_parallel
+    session.initialize_parallel = lambda *arguments: events.append("groups") or initialize(*arguments)
     try:
-        session.dist.init_process_group = session.dist.destroy_process_group = lambda *_, **__: None
-        vars(session).update(replaced)
-        session.parallel_state.get_data_parallel_rank = session.parallel_state.get_data_parallel_world_size = lambda: 0
         with pytest.raises(Made):
-            session.Session(config, "train")
+            trainer.train(config) if command == "train" else evaluation.evaluate_policy(config, None, from_model=True)
     finally:
-        vars(session).update(before)
-        session.dist.init_process_group, session.dist.destroy_process_group = world
         server.shutdown()
         thread.join()
         server.server_close()
     return events
 
 
-def test_shared_servers_sleep_before_the_trainer_takes_memory(model):
-    [events] = run_ranks(events_of_a_start, 1, model, True)
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_shared_servers_sleep_before_the_trainer_takes_memory(model, tmp_path, command):
+    data = tmp_path / "problems.jsonl"
+    data.write_text('{"question": "1+1", "answer": "2"}\n')
+    [events] = run_ranks(events_of_a_start, 1, model, data, command, joined=False)
     assert events == ["GET /health"] * 3 + ["POST /sleep?level=1", "groups", "policy"]
 
 
@@ -212,7 +209,7 @@ class Served:
     def generate(self, prompts, n, temperature, max_tokens, seeds):
         ids = torch.tensor([prompt.token_ids for prompt in prompts])
         rows = self.model.generate(ids, max_new_tokens=max_tokens, do_sample=False, pad_token_id=0, eos_token_id=None)
-        return [Sample(p, r[ids.shape[1] :].tolist(), [], "length", 0) for p, r in zip(prompts, rows, strict=True)]
+        return [Response(p, r[ids.shape[1] :].tolist(), [], "length", 0) for p, r in zip(prompts, rows, strict=True)]
 
 
 @torch.no_grad()
@@ -232,6 +229,10 @@ def policy_and_server(tmp_path_factory):
     return copy.deepcopy(policy).float(), policy
 
 
+def settings(dtype, **weight_sync):
+    return make_config("unused", servers={"dtype": dtype}, weight_sync=weight_sync)
+
+
 def ask(canary, policy, server):
     generator = torch.Generator().manual_seed(1)
     prompts, texts = canary.probes(server, torch.randint(3, 131, (2, 8), generator=generator).tolist())
@@ -245,15 +246,15 @@ def test_rounding_does_not_alarm_the_canary_and_a_wrong_server_does(policy_and_s
     pairs = zip(logprobs(policy, random), logprobs(served, random), strict=True)
     # What was asked before, of a tolerance of 0.1.
     assert sum(abs(a - b) for a, b in pairs) / 47 > 0.1
-    server, canary = Served(served), Canary(Rollout(), "bfloat16")
+    server, canary = Served(served), Canary(settings("bfloat16"))
     assert ask(canary, policy, server) < 0.1
     assert ask(canary, policy, server) < 0.1
     with pytest.raises(StaleWeightsError, match=r"at most 0\.001 expected"):
-        ask(Canary(Rollout(), "float32"), policy, server)
-    with pytest.raises(StaleWeightsError, match="rollout.canary_tolerance"):
-        ask(Canary(Rollout(canary_tolerance=1e-4), "bfloat16"), policy, server)
+        ask(Canary(settings("float32")), policy, server)
+    with pytest.raises(StaleWeightsError, match="weight_sync.canary_tolerance"):
+        ask(Canary(settings("bfloat16", canary_tolerance=1e-4)), policy, server)
     wrong = copy.deepcopy(served)
     wrong.model.layers[12].mlp.down_proj.weight.data *= -1
-    for alarmed in (canary, Canary(Rollout(), "bfloat16")):
+    for alarmed in (canary, Canary(settings("bfloat16"))):
         with pytest.raises(StaleWeightsError, match="computes them differently"):
             ask(alarmed, policy, Served(wrong))

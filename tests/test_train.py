@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
     return found
 
 
-def write_config(folder, family, parallel, **rollout):
+def write_config(folder, family, parallel, transport="auto", sleep=False):
     settings = {
         "run": {"dir": str(folder / family / "run"), "steps": STEPS},
         "model": {"path": str(make_tiny_model(folder / family / "model", family)), "dtype": "float32"},
@@ -56,8 +56,9 @@ def write_config(folder, family, parallel, **rollout):
             "temperature": 0.8,
             "record": True,
             "request_timeout_s": 120,
-            **rollout,
         },
+        "servers": {"sleep": sleep},
+        "weight_sync": {"transport": transport},
         "data": {"train": str(folder / "problems.jsonl"), "eval": str(folder / "problems.jsonl")},
         "reward": {"grader": "graders:parity", "workers": 1},
         "eval": {"every": 1},
@@ -78,20 +79,20 @@ def served(config, logs, modules):
 
 
 @pytest.mark.parametrize(
-    "family, parallel, rollout",
+    "family, parallel, transport, sleep",
     [
-        ("llama", {"tensor": 2}, {"transport": "memory"}),
-        ("mistral", {}, {"transport": "memory", "sleep": True}),
-        ("qwen2", {"pipeline": 2}, {"transport": "shards"}),
-        ("qwen3", {"data": 2}, {"transport": "shards", "sleep": True}),
-        ("mixtral", {"data": 2, "expert": 2}, {"transport": "memory"}),
-        ("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 2}, {"transport": "shards"}),
+        ("llama", {"tensor": 2}, "memory", False),
+        ("mistral", {}, "memory", True),
+        ("qwen2", {"pipeline": 2}, "shards", False),
+        ("qwen3", {"data": 2}, "shards", True),
+        ("mixtral", {"data": 2, "expert": 2}, "memory", False),
+        ("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 2}, "shards", False),
     ],
 )
-def test_three_steps(folder, family, parallel, rollout):
+def test_three_steps(folder, family, parallel, transport, sleep):
     from transformers import AutoModelForCausalLM
 
-    config = write_config(folder, family, parallel, **rollout)
+    config = write_config(folder, family, parallel, transport, sleep)
     run = folder / family / "run"
     with served(config, run / "logs", folder) as environment:
         run_on_ranks("train", config, environment=environment, timeout_s=400)
@@ -105,7 +106,7 @@ def test_three_steps(folder, family, parallel, rollout):
         assert row["rollout/weight_version"] == row["step"] - 1
     # A CPU server does all of it but freeing memory. It sleeps while the trainer starts, too.
     log = (run / "logs" / "vllm_0.log").read_text()
-    assert log.count("wake up the engine with tags: ['kv_cache']") == (STEPS + 1 if rollout.get("sleep") else 0)
+    assert log.count("wake up the engine with tags: ['kv_cache']") == (STEPS + 1 if sleep else 0)
     for step in range(1, STEPS + 1):
         recorded = [
             json.loads(line)
@@ -144,12 +145,13 @@ def test_eval_of_checkpoint_and_directory(folder):
     assert average <= two <= four
 
 
-def start_training(folder, name, **rollout):
+def start_training(folder, name, *overrides):
     """A run that never ends by itself, past its first step."""
-    config = write_config(folder, "llama", {}, **rollout)
+    config = write_config(folder, "llama", {})
     run = folder / name
     run.mkdir()
     command = [sys.executable, "-m", "megatron_dgpo.cli", "train", str(config), f"run.dir={run}", "run.steps=1000"]
+    command += overrides
     process = subprocess.Popen(command, cwd=run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     metrics = run / "metrics" / "train.jsonl"
     # A busy machine takes five times as long as an idle one.
@@ -162,7 +164,7 @@ def start_training(folder, name, **rollout):
 
 def test_a_dead_server_ends_the_run(folder, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(folder))
-    process, run = start_training(folder, "dead", prompts_per_step=16)
+    process, run = start_training(folder, "dead", "rollout.prompts_per_step=16")
     for pid in processes(run):
         if b"vllm.entrypoints" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGKILL)
@@ -178,7 +180,7 @@ def test_a_stopped_run_leaves_no_server_and_no_shared_memory(folder, monkeypatch
     """Two workers a server: they reduce through shared memory. SIGKILL: of the launcher alone."""
     monkeypatch.setenv("PYTHONPATH", str(folder))
     shared_memory = set(Path("/dev/shm").iterdir())
-    process, run = start_training(folder, number.name, tensor=2)
+    process, run = start_training(folder, number.name, "servers.tensor=2")
     # Another worker of the tests takes and leaves some, too.
     assert len(processes(run)) >= 5 and set(Path("/dev/shm").iterdir()) - shared_memory
     process.send_signal(number)

@@ -158,7 +158,7 @@ def _configured(options: argparse.Namespace, planner: Planner, folder: Path) -> 
     reason = reason or rollout_refusal(architecture, rollout, options.gpus_per_node)
     if reason:
         raise UsageError(f"{options.config}: {reason}")
-    return planner.evaluate(trainer, rollout, config.rollout.gpu_memory_fraction, config.rollout.max_concurrent)
+    return planner.evaluate(trainer, rollout, config.servers.gpu_memory_fraction, config.servers.max_concurrent)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dgpo.config import Rollout
+from megatron_dgpo.config import WeightUpdates
 from megatron_dgpo.layout import Layout, ServerLayout
 from megatron_dgpo.planning.sides import TrainerSide, Workload
 from megatron_dgpo.planning.sizes import Sizes
@@ -39,7 +39,7 @@ GRAPH_BYTES = 1.0 * GIB
 # vLLM's --max-num-batched-tokens on GPUs of 80 GB and more, for an API server.
 PREFILL_TOKENS = 8192
 # Both sides of a weight update hold two.
-BUCKET_BYTES = Rollout.model_fields["bucket_bytes"].default
+BUCKET_BYTES = WeightUpdates.model_fields["bucket_bytes"].default
 # NCCL's own of the one communicator of all trainer ranks and workers: the buffers that its network connections share
 # (NCCL issue 2363 shows 512 MiB for NCCL 2.28 on 8 GPUs a node).
 COMMUNICATOR_BYTES = 0.5 * GIB

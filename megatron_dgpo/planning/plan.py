@@ -15,7 +15,7 @@ from megatron_dgpo.planning.sides import RolloutSide, TrainerSide, Workload
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.planning.step_time import Cluster, Seconds
 
-# rollout.gpu_memory_fraction of a server that has its GPUs for itself.
+# servers.gpu_memory_fraction of a server that has its GPUs for itself.
 OWN_FRACTION = 0.90
 # More sequences at once than this gain nothing: decoding is bound by computing.
 MOST_SEQUENCES = 1024
@@ -98,7 +98,7 @@ class Planner:
         if problem is None and most > self.cluster.gpu.memory_bytes:
             problem = (
                 f"trainer and server need {most / GIB:.1f} GiB of a shared GPU: "
-                f"{self.cluster.gpu.memory_bytes / GIB:.1f} GiB available; lower rollout.gpu_memory_fraction"
+                f"{self.cluster.gpu.memory_bytes / GIB:.1f} GiB available; lower servers.gpu_memory_fraction"
             )
         phases = None if server.problem else self.phases(trainer, rollout, server)
         return replace(plan, phases=phases, problem=problem)
@@ -316,9 +316,9 @@ def choose(plans: list[Plan], cluster: Cluster) -> Plan | None:
 
 def sides_of(config: Config, gpus: int, gpus_per_node: int) -> tuple[TrainerSide, RolloutSide]:
     """The layout that a config describes on `gpus` GPUs. Raises UsageError where it does not fill them."""
-    parallel, rollout = config.parallel, config.rollout
-    # rollout.servers counts those of one machine.
-    machine = ServerLayout.from_config(rollout)
+    parallel, servers = config.parallel, config.servers
+    # servers.count is of one machine.
+    machine = ServerLayout.from_config(servers)
     asked = Layout.from_config(parallel)
     shared = parallel.data is not None and asked.world_size == gpus
     ranks = asked.world_size if parallel.data else max(asked.model_size, gpus - machine.num_workers)
@@ -333,8 +333,8 @@ def sides_of(config: Config, gpus: int, gpus_per_node: int) -> tuple[TrainerSide
     serving = gpus if shared else gpus - trainer.world_size
     machines = max(1, serving // gpus_per_node)
     legality.check(legality.of_cluster(trainer, machine, gpus, shared, machines))
-    servers = RolloutSide.from_config(rollout, machines * rollout.servers)
-    return trainer, replace(servers, shared=shared, sleep=shared and rollout.sleep)
+    rollout = RolloutSide.from_config(servers, machines * servers.count)
+    return trainer, replace(rollout, shared=shared, sleep=shared and servers.sleep)
 
 
 def workload_of(config: Config, prompt_tokens: int, response_tokens: int) -> Workload:
@@ -372,13 +372,15 @@ def settings_of(plan: Plan, work: Workload, gpus_per_node: int) -> dict[str, dic
             "group_size": work.group,
             "max_response_tokens": work.max_response_tokens,
             "context_tokens": work.context,
+        },
+        "servers": {
             # Of one machine.
-            "servers": rollout.servers // machines,
+            "count": rollout.servers // machines,
             "tensor": rollout.tensor,
-            # Two processes cannot be ranks of one NCCL group on the same GPU.
-            "transport": "ipc" if rollout.shared else "shards",
             "gpu_memory_fraction": plan.server.fraction,
             "max_concurrent": plan.server.concurrent,
             **({"sleep": True} if rollout.sleep else {}),
         },
+        # Two processes cannot be ranks of one NCCL group on the same GPU.
+        "weight_sync": {"transport": "ipc" if rollout.shared else "shards"},
     }

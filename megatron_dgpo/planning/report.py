@@ -100,7 +100,7 @@ def print_plan(console: Console, plan: Plan, sizes: Sizes, work: Workload, clust
         table.add_row(name, *(f"{part:.1f}" for part in parts), f"{seconds.total / plan.step_s:.0%}", seconds.bound)
     console.print(table)
     console.print(
-        f"A server decodes {plan.server.concurrent} sequences at once (rollout.gpu_memory_fraction="
+        f"A server decodes {plan.server.concurrent} sequences at once (servers.gpu_memory_fraction="
         f"{plan.server.fraction:.2f})."
     )
 

@@ -108,7 +108,7 @@ def refusal(
 
 def rollout_refusal(architecture: Architecture, rollout: RolloutSide, gpus_per_node: int) -> str | None:
     """Why vLLM would not accept the server's layout, or the planner plan it; None: they do."""
-    machine = legality.of_machine("rollout.tensor", rollout.tensor, gpus_per_node)
+    machine = legality.of_machine("servers.tensor", rollout.tensor, gpus_per_node)
     return legality.first(itertools.chain(legality.of_server(architecture, rollout), machine))
 
 

@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import httpx
 
-from megatron_dgpo.rollout.sample import Prompt, Sample
+from megatron_dgpo.config import Config
+from megatron_dgpo.rollout import server
+from megatron_dgpo.rollout.response import Prompt, Response
 
 _POLL_S = 0.25
 _FILES = 2**16
@@ -56,17 +58,35 @@ class Engines:
         request_timeout_s: float,
         stop_token_ids: list[int],
         update_timeout_s: float = 600,
+        start_timeout_s: float = 600,
     ) -> None:
-        """request_timeout_s: longest wait for responses; update_timeout_s: for each of the steps of a weight update."""
+        """request_timeout_s: longest wait for responses; update_timeout_s: for each of the steps of a weight update;
+        start_timeout_s: for each server to be up."""
         self.addresses = addresses
         self._headers = {"Authorization": f"Bearer {secret}"}
-        self._timeout_s, self._update_s = request_timeout_s, update_timeout_s
+        self._timeout_s, self._update_s, self._start_s = request_timeout_s, update_timeout_s, start_timeout_s
         self._stop = stop_token_ids
         # Reading the certificates takes longer than a request.
         self._certificates = httpx.create_ssl_context(trust_env=False)
 
-    def wait_until_healthy(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
+    @classmethod
+    def of_run(cls, config: Config, stop_token_ids: list[int]) -> Engines:
+        """Those that this rank's launcher has started or the settings name; none where rollouts are replayed.
+
+        Nothing is asked of them yet.
+        """
+        replayed = config.rollout.replay is not None
+        return cls(
+            [] if replayed else server.addresses(config),
+            "" if replayed else server.secret(),
+            config.rollout.request_timeout_s,
+            stop_token_ids,
+            config.weight_sync.timeout_s,
+            config.servers.start_timeout_s,
+        )
+
+    def wait_until_healthy(self) -> None:
+        deadline = time.monotonic() + self._start_s
         for address in self.addresses:
             while True:
                 try:
@@ -75,7 +95,7 @@ class Engines:
                 except EngineError:
                     pass
                 if time.monotonic() > deadline:
-                    raise EngineError(f"{address} was not healthy within rollout.start_timeout_s={timeout_s:g}")
+                    raise EngineError(f"{address} was not healthy within servers.start_timeout_s={self._start_s:g}")
                 time.sleep(_POLL_S)
 
     def generate(
@@ -86,7 +106,7 @@ class Engines:
         max_tokens: int,
         seeds: list[int],
         places: Sequence[int] | None = None,
-    ) -> list[Sample]:
+    ) -> list[Response]:
         """`n` responses to each prompt, consecutive, in the order of the prompts, spread over the servers.
 
         temperature 0 is greedy. seeds: one for each prompt, below 2**31. The same seeds, weights and batch of requests
@@ -252,11 +272,11 @@ def _connections() -> int:
     return files // 2
 
 
-def _sample(prompt: Prompt, choice: dict) -> Sample:
+def _sample(prompt: Prompt, choice: dict) -> Response:
     if choice["finish_reason"] not in ("stop", "length"):
         raise EngineError(f"a response to problem {prompt.index} ended with {choice['finish_reason']}")
     spans = choice["weight_versions"] or [{"version": "-1"}]
-    return Sample(
+    return Response(
         prompt=prompt,
         token_ids=choice["token_ids"],
         logprobs=[entry["logprob"] for entry in choice["logprobs"]["content"]],

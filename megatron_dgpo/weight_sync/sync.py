@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -16,7 +15,7 @@ from megatron_dgpo.model.collectives import broadcast_from_last_stage, from_rank
 from megatron_dgpo.model.policy import Policy
 from megatron_dgpo.rollout import server
 from megatron_dgpo.rollout.client import Engines
-from megatron_dgpo.rollout.sample import Prompt
+from megatron_dgpo.rollout.response import Prompt
 from megatron_dgpo.statistics import token_statistics
 from megatron_dgpo.weight_sync.canary import Canary
 from megatron_dgpo.weight_sync.gathered import IpcSync
@@ -27,22 +26,28 @@ from megatron_dgpo.weights.load import named_shards
 
 
 class ServerSleep:
-    """With `rollout.sleep` the servers' GPUs are the trainer's between a rollout and the next push.
+    """With `servers.sleep` the servers' GPUs are the trainer's between a rollout and the next push.
 
     All methods are collective over all ranks.
     """
 
-    def __init__(self, config: Config, engines: Callable[[], Engines]) -> None:
-        """engines: asked for on global rank 0 alone."""
+    def __init__(self, config: Config, engines: Engines) -> None:
         self._config, self._engines = config, engines
         self._asleep = False
 
     def begin(self) -> None:
-        """Collectives: a barrier, for the replicas that still sample, and one object broadcast."""
-        if self._config.rollout.sleep and not self._config.rollout.replay:
+        """First before there are tensors on the ranks' GPUs: a server that starts counts all that disappears from its
+        GPU as its own, and does not start where the memory is taken.
+
+        Collectives: a barrier, for the replicas that still sample, and one object broadcast."""
+        if self._config.servers.sleep and not self._config.rollout.replay:
             dist.barrier()
-            from_rank_0(lambda: self._engines().sleep())
+            from_rank_0(self._fall_asleep)
             self._asleep = True
+
+    def _fall_asleep(self) -> None:
+        self._engines.wait_until_healthy()
+        self._engines.sleep()
 
     def wake(self, what: str) -> None:
         """what: vLLM's tag, weights or kv_cache, of what gets its memory back. Collectives: as `begin`, if asleep."""
@@ -50,7 +55,7 @@ class ServerSleep:
             # What the trainer's allocator merely keeps, the servers need.
             torch.cuda.empty_cache()
             dist.barrier()
-            from_rank_0(lambda: self._engines().wake_up(what))
+            from_rank_0(lambda: self._engines.wake_up(what))
         self._asleep = self._asleep and what == "weights"
 
 
@@ -60,17 +65,17 @@ class WeightSync(contextlib.ExitStack):
     def __init__(
         self,
         config: Config,
-        engines: Engines | None,
+        engines: Engines,
         sleep: ServerSleep,
         policy: Policy,
         architecture: Architecture,
         problems: list[Prompt],
     ) -> None:
-        """engines: on global rank 0, None elsewhere. problems: data whose first prompts the canary asks about."""
+        """problems: data whose first prompts the canary asks about."""
         super().__init__()
         self._config, self._engines, self._sleep = config, engines, sleep
         self._policy, self._architecture = policy, architecture
-        self._canary = Canary(config.rollout, server.dtype(config))
+        self._canary = Canary(config)
         # One for each pipeline stage: an interleaved schedule wants a multiple of them.
         count = max(2, config.parallel.pipeline)
         self._prompts = [problems[i % len(problems)].token_ids for i in range(count)]
@@ -94,15 +99,15 @@ class WeightSync(contextlib.ExitStack):
 
     @functools.cached_property
     def _transport(self) -> ShardSync | IpcSync:
-        """Made with the first push, when servers that slept have their memory again."""
+        """Made with the first push, when servers that slept have their memory again; waits until they are up."""
         config, modules, architecture = self._config, self._policy.modules, self._architecture
-        dtype, kind = getattr(torch, server.dtype(config)), server.transport(config)
-        if kind == "ipc":
-            source = FullTensors(modules, architecture, dtype)
-            return self.enter_context(IpcSync(self._engines, source, architecture, config.rollout))
-        shards, layout, in_place = dict(named_shards(modules)), self._policy.layout, kind == "memory"
-        sync = ShardSync(self._engines, shards, architecture, layout, config.rollout, dtype, in_place)
-        return self.enter_context(sync)
+        from_rank_0(self._engines.wait_until_healthy)
+        if server.transport(config) == "ipc":
+            source = FullTensors(modules, architecture, getattr(torch, server.dtype(config)))
+            tensor, bucket = config.servers.tensor, config.weight_sync.bucket_bytes
+            return self.enter_context(IpcSync(self._engines, source, architecture, tensor, bucket))
+        shards = dict(named_shards(modules))
+        return self.enter_context(ShardSync(self._engines, shards, architecture, self._policy.layout, config))
 
     def _logprobs(self, prompts: list[list[int]], texts: list[list[int]]) -> list[list[float]]:
         """The policy's log-probs of the texts' tokens, at temperature 1."""

@@ -10,6 +10,7 @@ look and Megatron's reading, and PyTorch's `weights_only` unpickler.
 from __future__ import annotations
 
 import contextlib
+import enum
 import io
 import os
 import pickle
@@ -46,13 +47,24 @@ _CLASSES = (
     planner.TensorWriteData,
     planner.WriteItem,
 )
-_CALLED = (torch.Size, metadata._MEM_FORMAT_ENCODING, planner.WriteItemType, torch.serialization._get_layout)
+_ENUMS = (metadata._MEM_FORMAT_ENCODING, planner.WriteItemType)
+_CALLED = (torch.Size, *_ENUMS, torch.serialization._get_layout)
 _GLOBALS = {(item.__module__, item.__qualname__): item for item in (*_CLASSES, *_CALLED)}
 _GLOBALS |= {("torch", str(v).removeprefix("torch.")): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
 # Where it was written; Python 3.13 has another name for the module.
 _GLOBALS |= {(module, "PosixPath"): PurePosixPath for module in ("pathlib", "pathlib._local")}
 # Megatron-Core 0.15 left empty objects of its own in it.
 _MEGATRON = ("megatron.core.dist_checkpointing.strategies.torch", ("MCoreMetadata", "MCoreSavePlan"))
+
+
+def _member(kind: type, name: str) -> enum.Enum:
+    """Python 3.11.0 to 3.11.3, Debian 12's among them, write an enumeration's members as getattr(kind, name)."""
+    if kind not in _ENUMS or name not in kind.__members__:
+        raise pickle.UnpicklingError("it wants an attribute, which is no part of a checkpoint")
+    return kind[name]
+
+
+_GLOBALS["builtins", "getattr"] = _member
 
 
 class _Empty:

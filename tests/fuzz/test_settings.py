@@ -151,7 +151,7 @@ plausible = st.one_of(
         "=".join
     ),
     st.tuples(st.sampled_from(NAMES), numbers).map("=".join),
-    addresses.map(lambda address: f"rollout.addresses={json.dumps([address])}"),
+    addresses.map(lambda address: f"servers.addresses={json.dumps([address])}"),
 )
 
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from megatron_dgpo import legality
-from megatron_dgpo.config import Batching, Config, Parallel, Rollout
+from megatron_dgpo.config import Batching, Config, Parallel, Rollout, Servers
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.layout import Layout, ServerLayout
 from megatron_dgpo.planning.plan import sides_of, workload_of
@@ -187,15 +187,14 @@ def random_config(base: Config, draw: random.Random) -> tuple[Config, int]:
         data=draw.choice((None, replicas)),
         sequence=draw.random() < (0.9 if tensor > 1 else 0.1),
     )
-    rollout = Rollout(
-        prompts_per_step=draw.choice((4, 8, 12, 24)),
-        group_size=draw.choice((1, 3, 4)),
+    rollout = Rollout(prompts_per_step=draw.choice((4, 8, 12, 24)), group_size=draw.choice((1, 3, 4)))
+    servers = Servers(
         tensor=draw.choice((1, 1, 2, 3, 5)),
-        servers=draw.choice((1, 2)),
+        count=draw.choice((1, 2)),
         expert_parallel=draw.random() < 0.2,
     )
     batch = Batching(micro_batch_size=draw.choice((1, 1, 2, 3)), minibatches=draw.choice((1, 1, 2, 3)))
-    update = {"parallel": parallel, "rollout": rollout, "batch": batch}
+    update = {"parallel": parallel, "rollout": rollout, "servers": servers, "batch": batch}
     return base.model_copy(update=update), tensor * pipeline * replicas
 
 
@@ -214,7 +213,7 @@ def test_planner_and_preflight_never_disagree(family, tmp_path):
             found = None
         except UsageError as error:
             found = str(error)
-        gpus = ranks + ServerLayout.from_config(config.rollout).num_workers
+        gpus = ranks + ServerLayout.from_config(config.servers).num_workers
         trainer, rollout = sides_of(config, gpus, gpus)
         planned = refusal(architecture, trainer, workload_of(config, 8, 8), gpus, str(tmp_path))
         planned = planned or rollout_refusal(architecture, rollout, gpus)

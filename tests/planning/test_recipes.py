@@ -45,7 +45,7 @@ def test_recipe_fits_its_model_and_gpus(recipe, billions):
     assert config.rollout.context_tokens <= architecture.max_positions
     cluster = Cluster(GPUS["h100"], 8)
     plan = Planner(sizes, work, cluster).evaluate(
-        trainer, rollout, config.rollout.gpu_memory_fraction, config.rollout.max_concurrent
+        trainer, rollout, config.servers.gpu_memory_fraction, config.servers.max_concurrent
     )
     assert plan.problem is None
     assert plan.trainer_headroom(cluster) > 5 * 2**30

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_dgpo import process
-from megatron_dgpo.experience import request_seeds
 from megatron_dgpo.layout import Layout
 from megatron_dgpo.rollout import client, server
 from megatron_dgpo.rollout.client import EngineError, Engines
-from megatron_dgpo.rollout.sample import Prompt
+from megatron_dgpo.rollout.response import Prompt
+from megatron_dgpo.rollout.source import request_seeds
 from megatron_dgpo.weight_sync.canary import check_servers
 from megatron_dgpo.weight_sync.shards import ShardSync, StaleWeightsError
 from megatron_dgpo.weights.architectures import read_architecture
@@ -33,14 +33,16 @@ TOLERANCE = 1e-4
 class Live:
     """A server, the transformers model that it should equal, and that model as a single trainer rank holds it."""
 
-    def __init__(self, folder, family, **rollout):
+    def __init__(self, folder, family, **servers):
         from transformers import AutoModelForCausalLM
 
         model_dir = make_tiny_model(folder / "model", family)
         self.config = make_config(
             model_dir,
             run={"dir": folder},
-            rollout={"context_tokens": 64, "start_timeout_s": 240, "check_all_weights": True, **rollout},
+            rollout={"context_tokens": 64},
+            servers=servers,
+            weight_sync={"check_all": True, "transport": "memory"},
         )
         self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
         self.children, addresses = server.start(self.config, SECRET, folder)
@@ -50,11 +52,8 @@ class Live:
         self.shards = self.current_shards()
 
     def start(self):
-        self.engines.wait_until_healthy(240)
-        layout, rollout = Layout(), self.config.rollout
-        self.sync = ShardSync(
-            self.engines, self.shards, self.architecture, layout, rollout, torch.float32, in_place=True
-        )
+        self.engines.wait_until_healthy()
+        self.sync = ShardSync(self.engines, self.shards, self.architecture, Layout(), self.config)
 
     def current_shards(self):
         state = self.model.state_dict()

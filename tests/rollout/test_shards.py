@@ -24,21 +24,19 @@ PROBE = [1, 50, 60, 70, 80, 90, 100]
 SIZES = dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
 
 
-def make_test_config(folder, workers, parallel):
+def make_test_config(folder, workers, parallel, transport="shards"):
     return make_config(
         folder / "model",
         parallel,
         run={"dir": folder},
-        rollout={
-            "context_tokens": 64,
-            "start_timeout_s": 240,
-            "tensor": workers,
-            "expert_parallel": folder.name.startswith("experts"),
-            "transport": "shards",
+        rollout={"context_tokens": 64},
+        servers={"tensor": workers, "expert_parallel": folder.name.startswith("experts")},
+        weight_sync={
+            "transport": transport,
             # Many buckets, so that their order matters.
             "bucket_bytes": 2**14,
-            "transfer_timeout_s": 20,
-            "check_all_weights": True,
+            "bucket_timeout_s": 20,
+            "check_all": True,
         },
     )
 
@@ -64,7 +62,7 @@ def running_server(folder, family, tensor):
     children, addresses = server.start(config, SECRET, folder)
     try:
         engines = Engines(addresses, SECRET, 60, [2])
-        engines.wait_until_healthy(240)
+        engines.wait_until_healthy()
         yield engines, folder, children
     finally:
         process.stop(children)
@@ -89,7 +87,7 @@ def push(folder, model, tensor, parallel, addresses, version, kill=None, in_plac
     from megatron_dgpo.weights.load import load_weights, named_shards
 
     init_device()
-    config = make_test_config(folder, tensor, parallel)
+    config = make_test_config(folder, tensor, parallel, "memory" if in_place else "shards")
     initialize_parallel(config.parallel, 1)
     architecture = read_architecture(model)
     policy = Policy(config, architecture, 1)
@@ -100,9 +98,8 @@ def push(folder, model, tensor, parallel, addresses, version, kill=None, in_plac
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_world_size(),
     )
-    engines = Engines(addresses, SECRET, 60, [2]) if dist.get_rank() == 0 else None
-    shards, layout = dict(named_shards(policy.modules)), policy.layout
-    sync = ShardSync(engines, shards, architecture, layout, config.rollout, torch.float32, in_place)
+    engines = Engines(addresses, SECRET, 60, [2])
+    sync = ShardSync(engines, dict(named_shards(policy.modules)), architecture, policy.layout, config)
     if kill is not None and dist.get_rank() == dist.get_world_size() - 1:
         make_piece, made = sync._piece, []
 

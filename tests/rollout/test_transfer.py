@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_dgpo.config import Rollout, load_config
+from megatron_dgpo.config import load_config
 from megatron_dgpo.layout import Layout, ServerLayout
 from megatron_dgpo.planning.plan import sides_of
 from megatron_dgpo.rollout import client
@@ -33,6 +33,7 @@ from megatron_dgpo.weights.resharding import (
     vllm_shape,
 )
 from tests.full_tensors import megatron_shard
+from tests.layouts import make_config
 from tests.planning.test_recipes import RECIPES, ROOT, command
 from tools import plan_parallelism
 from tools.tiny_models import make_tiny_model
@@ -158,7 +159,7 @@ def test_recipes_need_one_communicator(recipe, tmp_path, monkeypatch):
     settings = json.loads((ROOT / "examples" / recipe / "model" / "config.json").read_text())
     settings["num_hidden_layers"] = trainer.pipeline * trainer.chunks
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    plan, calls = recorded(trainer, rollout, read_architecture(tmp_path), config.rollout.bucket_bytes // 2)
+    plan, calls = recorded(trainer, rollout, read_architecture(tmp_path), config.weight_sync.bucket_bytes // 2)
     assert len(plan) > 1
     taking_part = defaultdict(set)
     for index, bucket in enumerate(plan):
@@ -330,7 +331,7 @@ def update(engines):
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_whatever_breaks_off_the_others_serve_again(servers, step):
+def test_whatever_breaks_off_the_others_serve_again(servers, one_rank, step):
     (bad, good), engines = servers((step,), ())
     with pytest.raises(EngineError, match=f"{bad.address}/.*answered 500") as failure:
         update(engines)
@@ -360,7 +361,7 @@ def test_a_server_that_does_not_answer_is_named_and_the_others_serve_again(serve
     [("/update_weights", 20), ("/finish_weight_update", 20), ("/pause", 60), ("/resume", 60), ("/sleep", 180)],
 )
 def test_limits_of_requests(monkeypatch, step, limit_s):
-    """rollout.update_timeout_s for an update's steps, never that of a whole step's responses."""
+    """weight_sync.timeout_s for an update's steps, never that of a whole step's responses."""
     engines, limits = Engines(["http://nowhere"], "secret", 7200, [2], 20), {}
 
     def call(*calls):
@@ -398,8 +399,8 @@ def test_a_push_that_breaks_off_resumes_the_servers(servers, one_rank, model):
     """Of the trainer's own doing, too."""
     architecture, full = model
     found, engines = servers((), ())
-    rollout = Rollout(servers=2, transport="memory")
-    sync = ShardSync(engines, shards_of(architecture, full), architecture, Layout(), rollout, torch.bfloat16, True)
+    config = make_config("unused", weight_sync={"transport": "memory"}, servers={"dtype": "bfloat16"})
+    sync = ShardSync(engines, shards_of(architecture, full), architecture, Layout(), config)
     sync._piece = None
     with pytest.raises(StaleWeightsError, match="trainer rank 0"):
         sync.push(1)
@@ -476,9 +477,9 @@ def ipc(servers, one_rank, model, monkeypatch):
     architecture, full = model
     monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", StubTrainer)
 
-    def start(*settings, **rollout):
+    def start(*settings, bucket_bytes=256 * 2**20):
         found, engines = servers(*settings)
-        return found, IpcSync(engines, Full(full), architecture, Rollout(tensor=2, transport="ipc", **rollout))
+        return found, IpcSync(engines, Full(full), architecture, 2, bucket_bytes)
 
     return start
 
@@ -587,5 +588,5 @@ def test_bounded_sums(monkeypatch, model):
     whole = content_sum(tensor)
     monkeypatch.setattr(gathered, "_SUM_NUMEL", 100)
     assert content_sum(tensor) == whole
-    source = SummedSource(Full(model[1]), model[0], Rollout(tensor=2))
+    source = SummedSource(Full(model[1]), model[0], 2)
     assert [name for name, _ in source] == list(model[1])

@@ -45,7 +45,7 @@ class Job:
             *("rollout.prompts_per_step=4", "rollout.group_size=4", "rollout.max_response_tokens=16"),
             # As between machines, although both nodes are this one. Responses of an untrained model are seldom right:
             # their digits make a reward that varies.
-            *("rollout.transport=shards", "rollout.record=true", "reward.grader=tests.slurm.test_jobs:even_digits"),
+            *("weight_sync.transport=shards", "rollout.record=true", "reward.grader=tests.slurm.test_jobs:even_digits"),
             *overrides,
         ]
 

@@ -1,5 +1,6 @@
 """A checkpoint's table of contents: nothing in it is run, and what no writer makes is refused."""
 
+import enum
 import os
 import pickle
 import tracemalloc
@@ -49,6 +50,26 @@ def test_nothing_in_it_is_run(megatron, tmp_path, place):
     assert not (tmp_path / "ran").exists()
 
 
+class WithGetattr(pickle.Pickler):
+    """Writes members of enumerations as Python 3.11.0 to 3.11.3 does."""
+
+    def reducer_override(self, item):
+        return (getattr, (type(item), item.name)) if isinstance(item, enum.Enum) else NotImplemented
+
+
+def test_tables_that_name_members_are_read(megatron, tmp_path):
+    table, path = pickle.loads((megatron / METADATA).read_bytes()), tmp_path / METADATA
+    with path.open("wb") as file:
+        WithGetattr(file).dump(table)
+    assert b"getattr" in path.read_bytes()
+    assert read_metadata(path) == read_metadata(megatron / METADATA)
+
+
+def class_attribute() -> bytes:
+    """getattr(torch.Size, "numel")."""
+    return b"\x80\x04cbuiltins\ngetattr\nctorch\nSize\n\x8c\x05numel\x86R."
+
+
 def changes_a_class() -> bytes:
     """BUILD with (None, {"version": "bad"}) on the class itself, which would change it for everybody."""
     return b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\nN}\x8c\x07version\x8c\x03bads\x86b."
@@ -68,7 +89,9 @@ def huge_text() -> bytes:
     return b"\x80\x04\x8d" + (2**62).to_bytes(8, "little") + b"a."
 
 
-@pytest.mark.parametrize("make", [changes_a_class, endless_key, huge_memo, huge_text], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [class_attribute, changes_a_class, endless_key, huge_memo, huge_text], ids=lambda make: make.__name__
+)
 @pytest.mark.timeout(60)
 def test_crafted_tables_take_neither_time_nor_memory(tmp_path, make):
     (tmp_path / METADATA).write_bytes(make())

@@ -191,9 +191,8 @@ def largest():
     """The largest recipe: its settings, model and layouts, 128 ranks that hold an expert each and 16 servers."""
     folder = Path(__file__).parents[2] / "examples" / "qwen3-235b-a22b"
     config = load_config(folder / "config.yaml")
-    parallel, rollout = config.parallel, config.rollout
-    trainer = Layout.from_config(parallel)
-    return read_architecture(folder / "model"), trainer, ServerLayout(rollout.tensor, 16), rollout.bucket_bytes // 2
+    trainer, vllm = Layout.from_config(config.parallel), ServerLayout(config.servers.tensor, 16)
+    return read_architecture(folder / "model"), trainer, vllm, config.weight_sync.bucket_bytes // 2
 
 
 @pytest.mark.parametrize("side, other", [("rank", "worker"), ("worker", "rank")])

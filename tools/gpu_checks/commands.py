@@ -72,9 +72,9 @@ def server(task: Task, transport: str, sleep: str) -> Iterator[Line]:
         "algorithm": {"tau": 0.02},
         "rollout": {
             **{"prompts_per_step": 4, "group_size": 4, "max_response_tokens": 12, "context_tokens": 64},
-            **{"transport": transport, "sleep": sleep == "sleep", "check_all_weights": True},
-            **{"gpu_memory_fraction": 0.3, "max_concurrent": 16},
         },
+        "servers": {"sleep": sleep == "sleep", "gpu_memory_fraction": 0.3, "max_concurrent": 16},
+        "weight_sync": {"transport": transport, "check_all": True},
         "data": {"train": str(problems)},
         "reward": {"grader": "check_reward:reward", "workers": 1},
     }

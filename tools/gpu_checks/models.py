@@ -17,7 +17,7 @@ from megatron_dgpo.config import Config
 from megatron_dgpo.model.collectives import broadcast_from_last_stage
 from megatron_dgpo.model.layer_specs import uses_transformer_engine
 from megatron_dgpo.model.reference import Reference
-from megatron_dgpo.session import Session
+from megatron_dgpo.session import Session, world
 from megatron_dgpo.statistics import token_statistics
 from megatron_dgpo.weights.export import FullTensors
 from tools.gpu_checks.line import FAILED, Line, Task, within
@@ -84,7 +84,7 @@ def _config(folder: Path, policy: Path, reference: Path, layer_spec: str, dtype:
 
 @contextlib.contextmanager
 def _session(config: Config):
-    with Session(config, "sft") as session:
+    with world(config), Session(config, "sft") as session:
         # For the next one of this process.
         session.callback(parallel_state.destroy_model_parallel)
         yield session
@@ -126,14 +126,14 @@ def _logprobs(session: Session, products: str) -> Line:
     name = f"log-probs, {products}"
     if products != "bfloat16":
         return within(name, {"largest": error.max().item()}, {"largest": LOGPROB_BOUNDS[products]}, "float64")
-    theirs = _transformers_logprobs(session.config.model.path, torch.bfloat16, session.device)
+    theirs = _transformers_logprobs(session.config.model.path, torch.bfloat16, torch.cuda.current_device())
     mean = (theirs - exact).abs().mean().item()
     errors = {"mean": error.mean().item(), "transformers": mean}
     return within(name, errors, {"mean": TIMES_TRANSFORMERS * mean}, "float64")
 
 
 @torch.no_grad()
-def _transformers_logprobs(path: Path, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _transformers_logprobs(path: Path, dtype: torch.dtype, device: torch.device | int) -> torch.Tensor:
     """[N] float64, of the rows' response tokens one after another."""
     from transformers import AutoModelForCausalLM
 

@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 
-from megatron_dgpo import experience
-from megatron_dgpo.experience import Experience, Scored, consecutive_share, dealt_share, write_samples
+from megatron_dgpo.rollout import source
 from megatron_dgpo.rollout.client import Engines
-from megatron_dgpo.rollout.sample import Prompt, Sample
+from megatron_dgpo.rollout.recording import file_of_step, write_responses
+from megatron_dgpo.rollout.response import Prompt, Response
+from megatron_dgpo.rollout.source import RolloutSource, consecutive_share, dealt_share
 from tests.layouts import make_config
 
 # Of 8 prompts the fifth comes again on the second of two replicas, and on the last of four.
@@ -45,14 +46,14 @@ class RecordingEngines(Engines):
 def ask(tmp_path, monkeypatch):
     """(address, token ids, seed) of every request of all replicas of a training step or an evaluation."""
     config = make_config(tmp_path, run={"dir": tmp_path}, rollout={"group_size": 1})
-    monkeypatch.setattr(experience, "broadcast_from_leader", lambda value: value)
-    monkeypatch.setattr(Experience, "_grade", lambda self, samples: samples)
+    monkeypatch.setattr(source, "is_replica_leader", lambda: True)
+    monkeypatch.setattr(source, "broadcast_from_leader", lambda value: value)
+    monkeypatch.setattr(RolloutSource, "_grade", lambda self, responses: responses)
 
     def ask(prompts, replicas, servers, evaluate=False):
         engines = RecordingEngines(servers)
         for replica in range(replicas):
-            made = Experience(config, None, None)
-            made.engines = engines
+            made = RolloutSource(config, engines, None)
             share = dealt_share if evaluate else consecutive_share
             made._collect(prompts, share(len(prompts), replica, replicas), 1, 1.0, 8, 3)
         return [(c.address, c.body["token_ids"], c.body["sampling_params"]["seed"]) for c in engines.calls]
@@ -81,16 +82,16 @@ def test_a_problem_that_comes_again_has_another_seed(ask, replicas):
 def test_replay_gives_each_group_once(tmp_path, monkeypatch, recorded_by, replayed_by):
     config = make_config(tmp_path, run={"dir": tmp_path}, rollout={"group_size": 2, "replay": tmp_path / "rollouts"})
     groups = [
-        [Scored(Sample(prompt, [place, i], [-1.0, -2.0], "stop", 0), 1.0) for i in range(2)]
+        [Response(prompt, [place, i], [-1.0, -2.0], "stop", 0, reward=1.0) for i in range(2)]
         for place, prompt in enumerate(PROMPTS)
     ]
     for replica in range(recorded_by):
         share = consecutive_share(len(PROMPTS), replica, recorded_by)
         # Numbers that names would sort in another order.
-        file = tmp_path / "rollouts" / f"step_00000001.{replica + 8}.jsonl"
-        write_samples(file, [scored for place in share for scored in groups[place]])
+        file = file_of_step(tmp_path / "rollouts", 1, replica + 8)
+        write_responses(file, [response for place in share for response in groups[place]])
     got = []
     for replica in range(replayed_by):
-        monkeypatch.setattr(experience, "_replica", lambda replica=replica: (replica, replayed_by))
-        got += Experience(config, None, None).sample(PROMPTS, 1)
-    assert [scored.sample.token_ids for scored in got] == [[place, i] for place in range(len(PROMPTS)) for i in (0, 1)]
+        monkeypatch.setattr(source, "_replica", lambda replica=replica: (replica, replayed_by))
+        got += RolloutSource(config, RecordingEngines(0), None).sample(PROMPTS, 1)
+    assert [response.token_ids for response in got] == [[place, i] for place in range(len(PROMPTS)) for i in (0, 1)]
