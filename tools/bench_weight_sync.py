@@ -34,11 +34,11 @@ if str(ROOT) not in sys.path:
 
 from megatron_dgpo.layout import Layout, ServerLayout  # noqa: E402
 from megatron_dgpo.model.collectives import all_gathered  # noqa: E402
-from megatron_dgpo.planning.hardware import Gpu, read_gpu  # noqa: E402
+from megatron_dgpo.planning.hardware import Cluster, Gpu, read_gpu  # noqa: E402
 from megatron_dgpo.planning.memory import vllm_weights  # noqa: E402
 from megatron_dgpo.planning.sides import RolloutSide, TrainerSide  # noqa: E402
 from megatron_dgpo.planning.sizes import Sizes  # noqa: E402
-from megatron_dgpo.planning.step_time import Cluster, broadcast_sync_time, sync_time  # noqa: E402
+from megatron_dgpo.planning.step_time import broadcast_sync_time, sync_time  # noqa: E402
 from megatron_dgpo.rollout.server import free_port  # noqa: E402
 from megatron_dgpo.weight_sync import shared_memory  # noqa: E402
 from megatron_dgpo.weight_sync.stream import Meeting, join_group, receive_buckets, send_buckets  # noqa: E402

@@ -28,11 +28,10 @@ if str(ROOT) not in sys.path:
 from megatron_dgpo.config import load_config  # noqa: E402
 from megatron_dgpo.errors import UsageError  # noqa: E402
 from megatron_dgpo.planning import report  # noqa: E402
-from megatron_dgpo.planning.hardware import read_gpu  # noqa: E402
+from megatron_dgpo.planning.hardware import Cluster, read_gpu  # noqa: E402
 from megatron_dgpo.planning.plan import Plan, Planner, choose, sides_of, workload_of  # noqa: E402
 from megatron_dgpo.planning.sides import Workload, refusal, rollout_refusal  # noqa: E402
 from megatron_dgpo.planning.sizes import Sizes  # noqa: E402
-from megatron_dgpo.planning.step_time import Cluster  # noqa: E402
 from megatron_dgpo.weights.architectures import Architecture, read_architecture  # noqa: E402
 from tools.scaling import published  # noqa: E402
 

@@ -5,8 +5,8 @@
     python tools/scaling_study.py --calibration cluster.json       # with efficiencies measured on your cluster
 
 Writes benchmarks/scaling.csv, docs/scaling.md and docs/scaling_*.png below --out, and with --measure
-benchmarks/scaling_measured.json, which later runs without it show again. A calibration is a JSON object of constants of
-megatron_dgpo/planning/step_time.py, for example {"GEMM": 0.61, "NETWORK": 0.7, "COLLECTIVE_S": 9e-6}.
+benchmarks/scaling_measured.json, which later runs without it show again. A calibration is a JSON object of fields of
+Efficiencies in megatron_dgpo/planning/hardware.py, for example {"gemm": 0.61, "network": 0.7, "collective_s": 9e-6}.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from megatron_dgpo.errors import UsageError  # noqa: E402
-from megatron_dgpo.planning.calibration import built_in, calibrated, read_calibration  # noqa: E402
+from megatron_dgpo.planning.hardware import Efficiencies, read_calibration  # noqa: E402
 from tools.scaling import measured as measured_study  # noqa: E402
 from tools.scaling import page, study  # noqa: E402
 
@@ -36,7 +36,7 @@ _COMMAND = "python tools/scaling_study.py"
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     try:
-        efficiencies = read_calibration(options.calibration) if options.calibration else built_in()
+        efficiencies = read_calibration(options.calibration) if options.calibration else Efficiencies()
         tables, docs = options.out / "benchmarks", options.out / "docs"
         for folder in (tables, docs):
             folder.mkdir(parents=True, exist_ok=True)
@@ -84,19 +84,14 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _study(efficiencies: dict[str, float], workers: int) -> list[study.Row]:
+def _study(efficiencies: Efficiencies, workers: int) -> list[study.Row]:
     """Rows in study.all_series' order, one process for each model, cluster and scaling at a time."""
     series = study.all_series(study.ARCHITECTURES, study.CLUSTERS)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
         # The largest models, at the end, take longest: they go first.
-        started = [pool.submit(_series_rows, efficiencies, item) for item in reversed(series)]
+        started = [pool.submit(study.series_rows, *item, study.GPU_COUNTS, efficiencies) for item in reversed(series)]
         return [row for future in reversed(started) for row in future.result()]
-
-
-def _series_rows(efficiencies: dict[str, float], series: tuple) -> list[study.Row]:
-    with calibrated(efficiencies):
-        return study.series_rows(*series, study.GPU_COUNTS)
 
 
 if __name__ == "__main__":

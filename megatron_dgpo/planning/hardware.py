@@ -1,7 +1,9 @@
-"""GPUs by name, or from a file of the same fields."""
+"""What a plan is for: GPUs by name or from a file, a cluster of them, and how much of their rates is reached."""
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -24,6 +26,49 @@ class Gpu:
     """To the other GPUs of the machine (NVLink)."""
     network_bandwidth: float
     """To other machines."""
+
+
+@dataclass(frozen=True)
+class Efficiencies:
+    """What large operations reach on a cluster, the same for every model, GPU and layout. Names without a unit are
+    shares of a data sheet's rate; `_s` is seconds, `_bandwidth` bytes/s."""
+
+    gemm: float = 0.65
+    """Of Gpu.flops: bfloat16 matrix products inside a model (cuBLAS alone: 0.7 of an H100's, 0.8 of an A100's)."""
+    grouped_gemm: float = 0.30
+    """Of Gpu.flops: experts' products, with fewer rows each, uneven between experts."""
+    attention: float = 0.45
+    """Of Gpu.flops: FlashAttention-2 and cuDNN, causal, forward and backward."""
+    memory: float = 0.80
+    """Of Gpu.memory_bandwidth: element-wise kernels, optimizer."""
+    network: float = 0.75
+    """Of Gpu.node_bandwidth and Gpu.network_bandwidth: NCCL rings over NVLink and InfiniBand."""
+    decode_memory: float = 0.65
+    """Of Gpu.memory_bandwidth: vLLM's decode kernels, small products and paged attention."""
+    collective_s: float = 12e-6
+    """Latency of one small all-reduce on a machine."""
+    kernel_gap_s: float = 25e-6
+    """Launches and gaps of one decoder layer in a CUDA graph."""
+    decode_step_s: float = 2e-3
+    """vLLM's scheduler, sampler and detokeniser for one token of all sequences."""
+    pcie_bandwidth: float = 50e9
+    """From pinned host memory, generation 5 × 16."""
+    sync_s: float = 0.5
+    """Pause, cache reset, resume and checks around a weight update."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Machines of equal GPUs."""
+
+    gpu: Gpu
+    gpus_per_node: int
+    efficiencies: Efficiencies = Efficiencies()
+
+    def bandwidth(self, reach: int) -> float:
+        """Of one GPU in a collective over `reach` consecutive ranks: the machine's, or the network's beyond one."""
+        raw = self.gpu.node_bandwidth if reach <= self.gpus_per_node else self.gpu.network_bandwidth
+        return raw * self.efficiencies.network
 
 
 _GIB = 2**30
@@ -62,3 +107,33 @@ def read_gpu(text: str) -> Gpu:
         if not 0 < numbers[name] < float("inf"):
             raise UsageError(f"{path}: {name}={values[name]!r}, expected a positive number")
     return Gpu(str(values["name"]), **numbers)
+
+
+def read_calibration(path: Path) -> Efficiencies:
+    """A JSON object of measured fields of Efficiencies, for example {"gemm": 0.61, "collective_s": 9e-6}; the others
+    keep their defaults. Raises UsageError naming the file and the entry."""
+    source, names = f"--calibration={path}", ", ".join(field.name for field in fields(Efficiencies))
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{source}: not readable: {error}") from None
+    except ValueError as error:
+        raise UsageError(f"{source}: not valid JSON: {error}") from None
+    if not isinstance(values, dict) or not values:
+        raise UsageError(f"{source}: expected a JSON object with any of {names}")
+    for name, value in values.items():
+        if name not in Efficiencies.__dataclass_fields__:
+            raise UsageError(f"{source}: {name} is not one of {names}; remove or rename it")
+        if expected := _expected(name, value):
+            raise UsageError(f"{source}: {name}={value!r}, expected {expected}")
+    return Efficiencies(**{name: float(value) for name, value in values.items()})
+
+
+def _expected(name: str, value: object) -> str | None:
+    """What a field of Efficiencies may be, where `value` is something else; None: it is that."""
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    if name.endswith("_s"):
+        return None if 0 <= number < math.inf else "seconds, 0 or more"
+    if name.endswith("_bandwidth"):
+        return None if 0 < number < math.inf else "bytes a second, above 0"
+    return None if 0 < number <= 1 else "a share of the data sheet's rate, above 0 and at most 1"

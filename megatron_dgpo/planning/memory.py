@@ -114,7 +114,8 @@ def _buffer(params: list[tuple[int, bool]], replicas: int) -> tuple[int, list[in
             buckets.append([])
     total, owned = 0, [0] * replicas
     for bucket in filter(None, buckets):
-        spans, end = [], 0
+        spans: list[list[int]] = []
+        end = 0
         for numel in bucket:
             start = -(-end // 64) * 64
             end = start + numel

@@ -10,10 +10,11 @@ from megatron_dgpo import legality
 from megatron_dgpo.config import Config
 from megatron_dgpo.layout import Layout, ServerLayout
 from megatron_dgpo.planning import memory, sides, step_time
+from megatron_dgpo.planning.hardware import Cluster
 from megatron_dgpo.planning.memory import GIB
 from megatron_dgpo.planning.sides import RolloutSide, TrainerSide, Workload
 from megatron_dgpo.planning.sizes import Sizes
-from megatron_dgpo.planning.step_time import Cluster, Seconds
+from megatron_dgpo.planning.step_time import Seconds
 
 # servers.gpu_memory_fraction of a server that has its GPUs for itself.
 OWN_FRACTION = 0.90

@@ -13,11 +13,11 @@ from rich.table import Table
 
 from megatron_dgpo import sbatch
 from megatron_dgpo.config import Config
+from megatron_dgpo.planning.hardware import Cluster
 from megatron_dgpo.planning.memory import GIB, CheckpointMemory, checkpoint_memory
 from megatron_dgpo.planning.plan import Plan, settings_of
 from megatron_dgpo.planning.sides import Workload
 from megatron_dgpo.planning.sizes import Sizes
-from megatron_dgpo.planning.step_time import Cluster
 
 # Stages of a long pipeline that differ: the ends, and one of those between.
 _MOST_STAGES = 4

@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 from megatron_dgpo import legality
 from megatron_dgpo.config import Parallel
@@ -14,6 +14,7 @@ from megatron_dgpo.layout import Layout, ServerLayout
 from megatron_dgpo.weights.architectures import Architecture
 
 Recompute = Literal["none", "selective", "full"]
+ReferencePlace = Literal["device", "host", "none"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class TrainerSide(Layout):
 
     distributed_optimizer: bool = False
     recompute: Recompute = "none"
-    reference: Literal["device", "host", "none"] = "device"
+    reference: ReferencePlace = "device"
     micro_batch: int = 1
 
     @functools.cached_property
@@ -127,6 +128,21 @@ def trainer_sides(
 
     Sizes that divide nothing of the model are left out; what is left may still be refused by others' rules.
     """
+    places: tuple[ReferencePlace, ...] = ("device", "host") if work.reference else ("none",)
+    for layout in _layouts(architecture, gpus, gpus_per_node):
+        for sharded, micro_batch in itertools.product((False, True) if layout.data > 1 else (False,), micro_batches):
+            fixed = vars(layout) | {"distributed_optimizer": sharded, "micro_batch": micro_batch}
+            trainer = TrainerSide(**fixed)
+            reason = refusal(architecture, trainer, work, gpus_per_node)
+            if reason:
+                yield trainer, reason
+                continue
+            for recompute, reference in itertools.product(get_args(Recompute), places):
+                yield TrainerSide(**fixed, recompute=recompute, reference=reference), None
+
+
+def _layouts(architecture: Architecture, gpus: int, gpus_per_node: int) -> Iterator[Layout]:
+    """Sizes of which each divides `gpus`, and layers or experts of the model where they are split."""
     experts = architecture.num_experts
     for tensor in divisors(gpus):
         if tensor > max(gpus_per_node, architecture.num_query_groups):
@@ -137,9 +153,8 @@ def trainer_sides(
             data = gpus // tensor // pipeline
             for chunks in _chunk_counts(architecture.num_layers, pipeline):
                 for expert in [n for n in divisors(tensor * data) if experts % n == 0] if experts else [1]:
-                    yield from _variants(
-                        architecture, work, gpus_per_node, micro_batches, tensor, pipeline, data, chunks, expert
-                    )
+                    for sequence in (False, True) if tensor > 1 else (False,):
+                        yield Layout(tensor, pipeline, data, chunks, expert, sequence)
 
 
 def undominated_sides(
@@ -160,21 +175,6 @@ def _chunk_counts(layers: int, pipeline: int) -> list[int]:
     if pipeline == 1 or layers % pipeline:
         return [1]
     return [n for n in divisors(layers // pipeline) if n <= 8]
-
-
-def _variants(architecture, work, gpus_per_node, micro_batches, tensor, pipeline, data, chunks, expert):
-    make = functools.partial(TrainerSide, tensor, pipeline, data, chunks, expert)
-    for sequence in (False, True) if tensor > 1 else (False,):
-        for sharded in (False, True) if data > 1 else (False,):
-            for micro_batch in micro_batches:
-                trainer = make(sequence, sharded, micro_batch=micro_batch)
-                reason = refusal(architecture, trainer, work, gpus_per_node)
-                if reason:
-                    yield trainer, reason
-                    continue
-                for recompute in ("none", "selective", "full"):
-                    for reference in ("device", "host") if work.reference else ("none",):
-                        yield make(sequence, sharded, recompute, reference, micro_batch), None
 
 
 def rollout_sides(

@@ -64,8 +64,8 @@ class Sizes:
         return found
 
 
-_PLACES = ("linear_proj", "linear_qkv.weight", "linear_qkv.bias", "linear_qkv", "q_layernorm", "k_layernorm")
-_PLACES += ("pre_mlp_layernorm", "router", "linear_fc1.weight", "linear_fc1.layer_norm", "linear_fc2")
+_PLACES: tuple[str, ...] = ("linear_proj", "linear_qkv.weight", "linear_qkv.bias", "linear_qkv", "q_layernorm")
+_PLACES += ("k_layernorm", "pre_mlp_layernorm", "router", "linear_fc1.weight", "linear_fc1.layer_norm", "linear_fc2")
 
 
 def _module_place(suffix: str) -> tuple[int, int]:

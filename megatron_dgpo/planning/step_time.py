@@ -6,7 +6,8 @@
 [D]  megatron_dgpo/statistics/vocab_parallel.py: the loss's products.
 
 A phase is a sum of computing, reading memory and communicating, none hidden behind another, as this trainer runs them;
-its bound is the largest of these. Grading, batching and checkpoints are left out.
+its bound is the largest of these. Rates are the data sheet's times what is reached of them (hardware.py). Grading,
+batching and checkpoints are left out.
 """
 
 from __future__ import annotations
@@ -14,22 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_dgpo.planning import memory
-from megatron_dgpo.planning.hardware import Gpu
+from megatron_dgpo.planning.hardware import Cluster
 from megatron_dgpo.planning.sides import RolloutSide, TrainerSide, Workload
 from megatron_dgpo.planning.sizes import Sizes
 
-# Shares of the data sheet's rates that large operations reach, the same for every model, GPU and layout.
-GEMM = 0.65  # bfloat16 matrix products inside a model (cuBLAS alone: 0.7 of an H100's, 0.8 of an A100's)
-GROUPED_GEMM = 0.30  # experts' products: fewer rows each, uneven between experts
-ATTENTION = 0.45  # FlashAttention-2 and cuDNN, causal, forward and backward
-MEMORY = 0.80  # element-wise kernels, optimizer
-NETWORK = 0.75  # NCCL rings over NVLink and InfiniBand
-DECODE_MEMORY = 0.65  # vLLM's decode kernels: small products, paged attention
-COLLECTIVE_S = 12e-6  # latency of one small all-reduce on a machine
-KERNEL_GAP_S = 25e-6  # launches and gaps of one decoder layer in a CUDA graph
-STEP_S = 2e-3  # vLLM's scheduler, sampler and detokeniser for one token of all sequences
-PCIE = 50e9  # bytes/s from pinned host memory, generation 5 × 16
-SYNC_S = 0.5  # pause, cache reset, resume and checks around a weight update
 # Points at which the shrinking batch of a rollout is evaluated.
 _POINTS = 64
 
@@ -60,37 +49,28 @@ class Seconds:
     @property
     def bound(self) -> str:
         parts = {"compute": self.compute, "memory": self.memory, "network": self.network, "pipeline": self.bubble}
-        return max(parts, key=parts.get)
-
-
-@dataclass(frozen=True)
-class Cluster:
-    gpu: Gpu
-    gpus_per_node: int
-
-    def bandwidth(self, reach: int) -> float:
-        """Of one GPU in a collective over `reach` consecutive ranks: the machine's, or the network's beyond one."""
-        raw = self.gpu.node_bandwidth if reach <= self.gpus_per_node else self.gpu.network_bandwidth
-        return raw * NETWORK
+        return max(parts, key=parts.__getitem__)
 
 
 def layer_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster, backward: bool) -> Seconds:
     """One decoder layer's forward or backward pass for one micro-batch on one rank ([K], appendix A and §4.2)."""
     t, h, e = trainer.tensor, sizes.h, work.element_bytes
     n = trainer.micro_batch * work.row_tokens
-    mine, gpu = n / t, cluster.gpu
+    mine, gpu, reached = n / t, cluster.gpu, cluster.efficiencies
     # Multiplications and additions: 2 a weight and token; attention meets half of the positions before it.
     attention = 2 * 2 * n * work.row_tokens / 2 * sizes.a * sizes.d / t
-    products = 2 * n * sizes.attention_weights / t / (gpu.flops * GEMM)
-    products += 2 * n * sizes.active_mlp_weights / t / (gpu.flops * (GROUPED_GEMM if sizes.experts else GEMM))
+    products = 2 * n * sizes.attention_weights / t / (gpu.flops * reached.gemm)
+    mlp_share = reached.grouped_gemm if sizes.experts else reached.gemm
+    products += 2 * n * sizes.active_mlp_weights / t / (gpu.flops * mlp_share)
     # FlashAttention's backward pass has five products for two.
-    compute = products * (2 if backward else 1) + attention * (2.5 if backward else 1) / (gpu.flops * ATTENTION)
+    attending = attention * (2.5 if backward else 1) / (gpu.flops * reached.attention)
+    compute = products * (2 if backward else 1) + attending
     # Reads and writes of unfused kernels: two norms and two residual sums on h, rotation of queries and keys (8),
     # SwiGLU in three kernels (7); experts' tokens are permuted twice and weighted. Backward does twice as many.
     split = mine if trainer.sequence else n
     touched = 10 * split * h + 8 * n * (sizes.a + sizes.g) * sizes.d / t
     touched += (mine * sizes.top_k * (11 * sizes.f + 8 * h)) if sizes.experts else 7 * n * sizes.f / t
-    reading = e * touched * (2 if backward else 1) / (gpu.memory_bandwidth * MEMORY)
+    reading = e * touched * (2 if backward else 1) / (gpu.memory_bandwidth * reached.memory)
     # Two all-reduces, or two pairs of all-gather and reduce-scatter; with sequence parallelism backward gathers the
     # inputs of both column-parallel layers again [K, §4.2.2]. A mixture has them around attention only.
     rings = (2 if not sizes.experts else 1) * 2 * (1 + (0.5 if backward and trainer.sequence else 0))
@@ -102,18 +82,16 @@ def layer_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Clus
     return Seconds(compute, reading, network)
 
 
-def head_time(
-    sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster, policy: bool, reference: bool, backward: bool
-) -> Seconds:
-    """The loss's logits of one micro-batch [D]: 2·h·V a token for each model, and 6·h·V in backward, where the policy's
-    are made again; each product's float32 tile is written and read."""
+def head_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster, backward: bool) -> Seconds:
+    """The loss's logits of one micro-batch [D]: 2·h·V a token for the policy and for a reference, and 6·h·V in
+    backward, where the policy's are made again; each product's float32 tile is written and read."""
     tokens = trainer.micro_batch * work.response_tokens
-    models = policy + reference
+    models = 1 + work.reference
     columns = sizes.vocab / trainer.tensor
     operations = tokens * sizes.h * columns * (2 * models + 6 * backward)
     touched = tokens * columns * (8 * models + 14 * backward)
-    gpu = cluster.gpu
-    return Seconds(operations / (gpu.flops * GEMM), touched / (gpu.memory_bandwidth * MEMORY))
+    gpu, reached = cluster.gpu, cluster.efficiencies
+    return Seconds(operations / (gpu.flops * reached.gemm), touched / (gpu.memory_bandwidth * reached.memory))
 
 
 def pipeline_time(micro_batch: Seconds, last: Seconds, trainer: TrainerSide, count: int, message: float) -> Seconds:
@@ -150,7 +128,8 @@ def reference_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: 
         return Seconds()
     loading = 0.0
     if trainer.reference == "host":
-        loading = memory.static_memory(sizes, 0, trainer.layout, False, work.element_bytes).weights / PCIE
+        weights = memory.static_memory(sizes, 0, trainer.layout, False, work.element_bytes).weights
+        loading = weights / cluster.efficiencies.pcie_bandwidth
     return forward_time(sizes, work, trainer, cluster) + Seconds(memory=loading)
 
 
@@ -158,7 +137,7 @@ def old_logprobs_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluste
     """The policy before its first update; with one minibatch the update's own forward pass serves."""
     if work.minibatches == 1:
         return Seconds()
-    head = head_time(sizes, work, trainer, cluster, True, work.reference, False)
+    head = head_time(sizes, work, trainer, cluster, False)
     return forward_time(sizes, work, trainer, cluster, head)
 
 
@@ -172,9 +151,9 @@ def update_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Clu
         # Attention's core once more.
         n = trainer.micro_batch * work.row_tokens
         core = 2 * n * work.row_tokens * sizes.a * sizes.d / trainer.tensor
-        layer += Seconds(core / (cluster.gpu.flops * ATTENTION))
+        layer += Seconds(core / (cluster.gpu.flops * cluster.efficiencies.attention))
     stage = layer * (sizes.layers / trainer.pipeline)
-    head = head_time(sizes, work, trainer, cluster, True, work.reference, True)
+    head = head_time(sizes, work, trainer, cluster, True)
     count = memory.micro_batches(work, trainer)
     message = 2 * _message(sizes, work, trainer, cluster)
     one = pipeline_time(stage, head, trainer, count, message) + optimizer_time(sizes, work, trainer, cluster)
@@ -190,12 +169,13 @@ def optimizer_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: 
     # Several tensor-parallel ranks of a machine each run their own ring: every one has its own network card.
     network = traffic / cluster.bandwidth(trainer.stage_size)
     touched = static.optimizer * 2 + static.gradients * 3
-    return Seconds(memory=touched / (cluster.gpu.memory_bandwidth * MEMORY), network=network)
+    reading = touched / (cluster.gpu.memory_bandwidth * cluster.efficiencies.memory)
+    return Seconds(memory=reading, network=network)
 
 
 def decode_time(sizes: Sizes, rollout: RolloutSide, cluster: Cluster, batch: float, context: float) -> Seconds:
     """One token of every sequence on one server [P]: reading weights and cache, or computing, whichever is longer."""
-    t, gpu = rollout.tensor, cluster.gpu
+    t, gpu, reached = rollout.tensor, cluster.gpu, cluster.efficiencies
     weights = memory.vllm_weights(sizes, t)
     touched_share = 1.0
     if sizes.experts:
@@ -204,17 +184,17 @@ def decode_time(sizes: Sizes, rollout: RolloutSide, cluster: Cluster, batch: flo
         experts = 2 * sizes.layers * sizes.experts * 3 * sizes.h * sizes.f / t
         touched_share = (weights - experts * (1 - touched)) / weights
     cache = batch * context * memory.vllm_kv_bytes(sizes, t)
-    reading = (weights * touched_share + cache) / (gpu.memory_bandwidth * DECODE_MEMORY)
+    reading = (weights * touched_share + cache) / (gpu.memory_bandwidth * reached.decode_memory)
     # Logits and the sampler's passes over them: softmax, log-probs, draw.
-    sampling = 8 * 4 * batch * sizes.vocab / t / (gpu.memory_bandwidth * MEMORY)
+    sampling = 8 * 4 * batch * sizes.vocab / t / (gpu.memory_bandwidth * reached.memory)
     active = sizes.layers * (sizes.attention_weights + sizes.active_mlp_weights) + sizes.vocab * sizes.h
-    computing = 2 * batch * active / t / (gpu.flops * GEMM)
+    computing = 2 * batch * active / t / (gpu.flops * reached.gemm)
     network = 0.0
     if t > 1:
         volume = 2 * 2 * batch * sizes.h * (t - 1) / t / cluster.bandwidth(t)
-        latency = COLLECTIVE_S if t <= cluster.gpus_per_node else 4 * COLLECTIVE_S
+        latency = reached.collective_s * (1 if t <= cluster.gpus_per_node else 4)
         network = 2 * sizes.layers * (latency + volume)
-    gaps = sizes.layers * KERNEL_GAP_S + STEP_S
+    gaps = sizes.layers * reached.kernel_gap_s + reached.decode_step_s
     if computing > reading:
         return Seconds(compute=computing, memory=sampling + gaps, network=network)
     return Seconds(memory=reading + sampling + gaps, network=network)
@@ -234,8 +214,8 @@ def rollout_time(
     sequences = work.rows / rollout.servers
     prompts = max(1.0, work.prompts / rollout.servers) * work.prompt_tokens
     active = sizes.layers * (sizes.attention_weights + sizes.active_mlp_weights)
-    gpu, t = cluster.gpu, rollout.tensor
-    prefill = Seconds(2 * prompts * active / t / (gpu.flops * GEMM))
+    t = rollout.tensor
+    prefill = Seconds(2 * prompts * active / t / (cluster.gpu.flops * cluster.efficiencies.gemm))
     if t > 1:
         prefill += Seconds(network=2 * sizes.layers * 2 * 2 * prompts * sizes.h * (t - 1) / t / cluster.bandwidth(t))
     mean, longest = work.response_tokens, work.max_response_tokens
@@ -257,15 +237,16 @@ def sync_time(sizes: Sizes, trainer: TrainerSide, rollout: RolloutSide, cluster:
     """New weights to all servers. separate (`shards`): every worker gets its own shard once, all ranks send; shared
     (`ipc`): tensors are gathered on every trainer rank and read there; a sleeping server's old ones go to the host and
     come back."""
-    model = 2 * sizes.parameters
+    model, reached = 2 * sizes.parameters, cluster.efficiencies
     if rollout.shared:
         gathered = model / cluster.bandwidth(trainer.world_size)
-        moved = 2 * memory.vllm_weights(sizes, rollout.tensor) / PCIE if rollout.sleep else 0.0
-        return Seconds(network=SYNC_S + gathered, memory=moved + 2 * model / (cluster.gpu.memory_bandwidth * MEMORY))
+        moved = 2 * memory.vllm_weights(sizes, rollout.tensor) / reached.pcie_bandwidth if rollout.sleep else 0.0
+        copied = 2 * model / (cluster.gpu.memory_bandwidth * reached.memory)
+        return Seconds(network=reached.sync_s + gathered, memory=moved + copied)
     received = memory.vllm_weights(sizes, rollout.tensor)
     sent = model * rollout.servers / trainer.world_size
     everything = trainer.world_size + rollout.num_workers
-    return Seconds(network=SYNC_S + max(received, sent) / cluster.bandwidth(everything))
+    return Seconds(network=reached.sync_s + max(received, sent) / cluster.bandwidth(everything))
 
 
 def broadcast_sync_time(sizes: Sizes, trainer: TrainerSide, rollout: RolloutSide, cluster: Cluster) -> Seconds:
@@ -273,4 +254,5 @@ def broadcast_sync_time(sizes: Sizes, trainer: TrainerSide, rollout: RolloutSide
     worker. A pipelined broadcast passes each byte over each link once."""
     model = 2 * sizes.parameters
     gathered = model / cluster.bandwidth(trainer.world_size)
-    return Seconds(network=SYNC_S + gathered + model / cluster.bandwidth(trainer.world_size + rollout.num_workers))
+    broadcast = model / cluster.bandwidth(trainer.world_size + rollout.num_workers)
+    return Seconds(network=cluster.efficiencies.sync_s + gathered + broadcast)

@@ -1,15 +1,15 @@
 """The search: what it lists is consistent, and what it chooses is the best of it."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from megatron_dgpo.planning import memory
-from megatron_dgpo.planning.hardware import GPUS
+from megatron_dgpo.planning.hardware import GPUS, Cluster, Efficiencies
 from megatron_dgpo.planning.plan import EQUAL, Planner, choose
 from megatron_dgpo.planning.sides import RolloutSide, TrainerSide, Workload
 from megatron_dgpo.planning.sizes import Sizes
-from megatron_dgpo.planning.step_time import Cluster, rollout_time, update_time
+from megatron_dgpo.planning.step_time import rollout_time, update_time
 from megatron_dgpo.weights.architectures import Architecture
 
 SEVEN = Architecture("qwen2", 28, 3584, 18944, 28, 4, 128, 152064, False, True, False, 1e-6, 1e6, None, 131072, None)
@@ -64,6 +64,20 @@ def test_time_follows_its_causes():
     # Tensor parallelism across machines goes over the network.
     far = update_time(sizes, WORK, side, Cluster(GPUS["h100"], 1))
     assert far.network > 5 * base.network
+
+
+def test_plans_with_different_efficiencies_in_one_process():
+    """Neither changes the other, and no time forgets them: half of every rate is twice as long, to the bit."""
+    halved = {name: value * 2 if name.endswith("_s") else value / 2 for name, value in asdict(Efficiencies()).items()}
+    sizes, work = Sizes(SEVEN), replace(WORK, minibatches=2)
+    slow_cluster = replace(H100, efficiencies=Efficiencies(**halved))
+    usual_planner, slow_planner = (Planner(sizes, work, cluster) for cluster in (H100, slow_cluster))
+    trainer = TrainerSide(2, 2, 2, recompute="selective", reference="host", distributed_optimizer=True)
+    layout = trainer, RolloutSide(2, 4, shared=True, sleep=True), 0.5, 64
+    usual, slow, again = (planner.evaluate(*layout) for planner in (usual_planner, slow_planner, usual_planner))
+    assert len(usual.phases) == 6
+    assert slow.phases == {name: phase * 2 for name, phase in usual.phases.items()}
+    assert again == usual
 
 
 def test_decoding_is_bound_by_memory_until_the_batch_is_large():

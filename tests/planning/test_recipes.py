@@ -9,11 +9,10 @@ import pytest
 
 from megatron_dgpo import cli
 from megatron_dgpo.config import load_config
-from megatron_dgpo.planning.hardware import GPUS
+from megatron_dgpo.planning.hardware import GPUS, Cluster
 from megatron_dgpo.planning.plan import Planner, sides_of, workload_of
 from megatron_dgpo.planning.sides import refusal, rollout_refusal
 from megatron_dgpo.planning.sizes import Sizes
-from megatron_dgpo.planning.step_time import Cluster
 from megatron_dgpo.weights.architectures import read_architecture
 from tools import plan_parallelism
 

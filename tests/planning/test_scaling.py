@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dgpo.errors import UsageError
-from megatron_dgpo.planning import calibration, step_time
+from megatron_dgpo.planning.hardware import Efficiencies, read_calibration
 from megatron_dgpo.planning.plan import Planner, choose
 from tools.scaling import measured, page, study
 from tools.scaling.models import ARCHITECTURES, sizes_of
@@ -92,7 +92,7 @@ def test_gpus_that_would_slow_a_step_down_stay_idle(monkeypatch):
         return replace(plan, phases={name: phase * (gpus / 8) for name, phase in plan.phases.items()})
 
     monkeypatch.setattr(Planner, "best", slower_with_more)
-    eight, sixteen = study.series_rows("h100", "Qwen2.5-0.5B", "strong", (8, 16))
+    eight, sixteen = study.series_rows("h100", "Qwen2.5-0.5B", "strong", (8, 16), Efficiencies())
     assert sixteen.gpus == 16 and sixteen.gpus_used == eight.gpus_used == 8
     assert sixteen.tokens_per_s == eight.tokens_per_s
     assert sixteen.tokens_per_gpu_s == pytest.approx(eight.tokens_per_gpu_s / 2)
@@ -107,7 +107,7 @@ def test_shares_add_up_to_one(running):
 
 def test_figures_are_possible(running):
     for row in running:
-        assert 0 < row.mfu_step and 0 < row.mfu_update < step_time.GEMM, row
+        assert 0 < row.mfu_step and 0 < row.mfu_update < Efficiencies.gemm, row
         assert row.headroom_gib >= 0 and row.gpus_used <= row.gpus, row
         assert row.tokens_per_s == pytest.approx(row.tokens_per_gpu_s * row.gpus, rel=1e-4), row
 
@@ -134,7 +134,7 @@ def test_the_quick_search_finds_what_the_whole_one_chooses(model, gpus):
 @pytest.mark.parametrize("model", ("Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen2.5-72B", "Qwen3-30B-A3B"))
 def test_the_committed_table_is_what_the_planner_says(model, tmp_path):
     counts = GPU_COUNTS if model != "Qwen3-30B-A3B" else (8, 64)
-    found = [row for scale in SCALINGS for row in study.series_rows("h100", model, scale, counts)]
+    found = [row for scale in SCALINGS for row in study.series_rows("h100", model, scale, counts, Efficiencies())]
     page.write_csv(tmp_path / "rows.csv", found)
     committed = list(csv.reader(io.StringIO(TABLE.read_text())))
     wanted = [line for line in committed[1:] if line[:2] == ["h100", model] and int(line[3]) in counts]
@@ -143,7 +143,7 @@ def test_the_committed_table_is_what_the_planner_says(model, tmp_path):
 
 def test_the_committed_page_comes_from_the_table(rows):
     record = json.loads(RECORD.read_text())
-    text = page.page(rows, calibration.built_in(), record, "python tools/scaling_study.py --measure")
+    text = page.page(rows, Efficiencies(), record, "python tools/scaling_study.py --measure")
     assert (ROOT / "docs/scaling.md").read_text() == text, STALE
     for picture in page.PICTURES:
         assert f"]({picture})" in text and (ROOT / "docs" / picture).stat().st_size > 10_000
@@ -175,15 +175,12 @@ def test_deviation_of_shape_forgets_the_scale():
 
 def test_a_calibration_takes_the_place_of_the_built_in_efficiencies(tmp_path):
     file = tmp_path / "cluster.json"
-    file.write_text('{"GEMM": 0.5, "STEP_S": 0}')
-    values, before = calibration.read_calibration(file), calibration.built_in()
-    assert (values["GEMM"], values["STEP_S"], values["NETWORK"]) == (0.5, 0.0, step_time.NETWORK)
-    (usual,) = study.series_rows("h100", "Qwen2.5-7B", "weak", (8,))
-    with pytest.raises(RuntimeError), calibration.calibrated(values):
-        (slower,) = study.series_rows("h100", "Qwen2.5-7B", "weak", (8,))
-        raise RuntimeError
+    file.write_text('{"gemm": 0.5, "decode_step_s": 0}')
+    values = read_calibration(file)
+    assert (values.gemm, values.decode_step_s, values.network) == (0.5, 0.0, Efficiencies.network)
+    (usual,) = study.series_rows("h100", "Qwen2.5-7B", "weak", (8,), Efficiencies())
+    (slower,) = study.series_rows("h100", "Qwen2.5-7B", "weak", (8,), values)
     assert slower.mfu_update < usual.mfu_update
-    assert calibration.built_in() == before
 
 
 @pytest.mark.parametrize(
@@ -193,14 +190,14 @@ def test_a_calibration_takes_the_place_of_the_built_in_efficiencies(tmp_path):
         ("{", "not valid JSON"),
         ("[0.6]", "JSON object"),
         ("{}", "JSON object"),
-        ('{"gemm": 0.6}', "gemm is not one of GEMM"),
-        ('{"GEMM": 65}', "GEMM=65, expected a share"),
-        ('{"GEMM": 0}', "GEMM=0, expected a share"),
-        ('{"GEMM": true}', "GEMM=True, expected a share"),
-        ('{"MEMORY": "0.8"}', "MEMORY='0.8', expected a share"),
-        ('{"NETWORK": NaN}', "NETWORK=nan, expected a share"),
-        ('{"STEP_S": -1}', "STEP_S=-1, expected seconds"),
-        ('{"PCIE": 0}', "PCIE=0, expected bytes"),
+        ('{"GEMM": 0.6}', "GEMM is not one of gemm"),
+        ('{"gemm": 65}', "gemm=65, expected a share"),
+        ('{"gemm": 0}', "gemm=0, expected a share"),
+        ('{"gemm": true}', "gemm=True, expected a share"),
+        ('{"memory": "0.8"}', "memory='0.8', expected a share"),
+        ('{"network": NaN}', "network=nan, expected a share"),
+        ('{"decode_step_s": -1}', "decode_step_s=-1, expected seconds"),
+        ('{"pcie_bandwidth": 0}', "pcie_bandwidth=0, expected bytes"),
     ),
 )
 def test_a_bad_calibration_is_one_clear_error(text, named, tmp_path, capsys):
@@ -208,7 +205,7 @@ def test_a_bad_calibration_is_one_clear_error(text, named, tmp_path, capsys):
     if text is not None:
         file.write_text(text)
     with pytest.raises(UsageError, match="--calibration="):
-        calibration.read_calibration(file)
+        read_calibration(file)
     assert _tool().main(["--calibration", str(file), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert named in error and error.count("\n") == 1

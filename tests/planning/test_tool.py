@@ -9,11 +9,10 @@ import pytest
 import yaml
 
 from megatron_dgpo.config import load_config
-from megatron_dgpo.planning.hardware import GPUS
+from megatron_dgpo.planning.hardware import GPUS, Cluster
 from megatron_dgpo.planning.plan import Planner
 from megatron_dgpo.planning.sides import TrainerSide, Workload
 from megatron_dgpo.planning.sizes import Sizes
-from megatron_dgpo.planning.step_time import Cluster
 from megatron_dgpo.weights.architectures import read_architecture
 from tools.plan_parallelism import main
 

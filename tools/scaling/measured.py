@@ -19,11 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_dgpo.config import Config
-from megatron_dgpo.planning import calibration, step_time
-from megatron_dgpo.planning.hardware import Gpu
+from megatron_dgpo.planning import step_time
+from megatron_dgpo.planning.hardware import Cluster, Efficiencies, Gpu
 from megatron_dgpo.planning.sides import TrainerSide, Workload
 from megatron_dgpo.planning.sizes import Sizes
-from megatron_dgpo.planning.step_time import Cluster
 from megatron_dgpo.weights.architectures import read_architecture
 
 # Heads, groups and layers that four ranks divide.
@@ -34,7 +33,7 @@ MODELS = {
 }
 PROMPT_TOKENS, RESPONSE_TOKENS, RESPONSES = 32, 96, 8
 # Measured rates are what operations reach: nothing is taken off them.
-_REACHED = dict.fromkeys(calibration.SHARES, 1.0)
+_REACHED = Efficiencies(gemm=1.0, grouped_gemm=1.0, attention=1.0, memory=1.0, network=1.0, decode_memory=1.0)
 _RATE_S = 0.5
 _STEPS = 2
 
@@ -136,7 +135,7 @@ def machine(rates: dict[str, float], tensor: int) -> Cluster:
     """One rank's part of the machine. Every tensor-parallel group is a node: inside, messages are as large as
     activations; between them gradients travel."""
     gpu = Gpu("this machine", 1e12, rates["flops"], rates["copy"], rates["activations"], rates["gradients"])
-    return Cluster(gpu, tensor)
+    return Cluster(gpu, tensor, _REACHED)
 
 
 def predict(found: dict) -> None:
@@ -145,9 +144,7 @@ def predict(found: dict) -> None:
     for step in found["steps"]:
         point = Point(**{name: step[name] for name in Point.__dataclass_fields__})
         cluster = machine(found["machines"][str(point.ranks)], point.tensor)
-        with calibration.calibrated(calibration.built_in() | _REACHED):
-            seconds = step_time.update_time(sizes[step["model"]], point.work, point.trainer, cluster)
-        step["predicted_s"] = seconds.total
+        step["predicted_s"] = step_time.update_time(sizes[step["model"]], point.work, point.trainer, cluster).total
 
 
 def _sizes(shape: dict) -> Sizes:

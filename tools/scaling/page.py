@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import statistics
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from megatron_dgpo.planning.calibration import built_in
+from megatron_dgpo.planning.hardware import Efficiencies
 from tools.scaling import measured as measured_study
 from tools.scaling.models import sizes_of
 from tools.scaling.study import (
@@ -66,7 +67,7 @@ def _value(name: str, text: str):
 # The page
 
 
-def page(rows: list[Row], efficiencies: dict[str, float], measured: dict | None, command: str) -> str:
+def page(rows: list[Row], efficiencies: Efficiencies, measured: dict | None, command: str) -> str:
     """The whole page; without `measured` its part says how to get it. The same for the same arguments."""
     parts = [_introduction(rows, efficiencies, command), _fits(rows), _overview(rows), _strong(rows), _weak(rows)]
     parts += [_phases(rows), _bounds(rows), _cost(rows), _layouts(rows), _approximations(), _measured(measured)]
@@ -74,7 +75,7 @@ def page(rows: list[Row], efficiencies: dict[str, float], measured: dict | None,
 
 
 def _introduction(rows, efficiencies, command) -> str:
-    changed = {name: value for name, value in efficiencies.items() if value != built_in()[name]}
+    changed = {name: value for name, value in asdict(efficiencies).items() if value != getattr(Efficiencies, name)}
     source = f"a calibration file ({', '.join(f'{n}={v:g}' for n, v in changed.items())})" if changed else "built in"
     clusters = "; ".join(
         f"`{name}`: {cluster.gpu.name}, {cluster.gpus_per_node} on one NVLink domain"

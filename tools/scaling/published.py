@@ -16,11 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dgpo.planning import step_time
-from megatron_dgpo.planning.hardware import GPUS
+from megatron_dgpo.planning.hardware import GPUS, Cluster
 from megatron_dgpo.planning.plan import Planner
 from megatron_dgpo.planning.sides import RolloutSide, TrainerSide, Workload
 from megatron_dgpo.planning.sizes import Sizes
-from megatron_dgpo.planning.step_time import Cluster
 from tools.scaling.models import shape, sizes_of
 
 # policy.generation.vllm_cfg.gpu_memory_utilization of NeMo-RL's recipes; training's memory is moved away meanwhile.
@@ -132,4 +131,4 @@ def print_comparison(console: Console) -> None:
         table.add_row(row.name, f"{row.seconds:.2f}", f"{row.predict():.2f}", f"{row.error:+.0%}")
     console.print(table)
     mean = sum(abs(row.error) for row in PUBLISHED) / len(PUBLISHED)
-    console.print(f"mean absolute error {mean:.0%}; the same efficiencies for every row (step_time.py)")
+    console.print(f"mean absolute error {mean:.0%}; the same efficiencies for every row (planning/hardware.py)")

@@ -13,13 +13,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from megatron_dgpo.planning import step_time
-from megatron_dgpo.planning.hardware import GPUS
+from megatron_dgpo.planning.hardware import GPUS, Cluster, Efficiencies
 from megatron_dgpo.planning.memory import GIB
 from megatron_dgpo.planning.plan import Plan, Planner
 from megatron_dgpo.planning.sides import TrainerSide, Workload
 from megatron_dgpo.planning.sizes import Sizes
-from megatron_dgpo.planning.step_time import Cluster, Seconds
+from megatron_dgpo.planning.step_time import Seconds
 from tools.scaling.models import ARCHITECTURES, sizes_of
 
 Scaling = Literal["strong", "weak"]
@@ -107,9 +106,11 @@ def workload(scaling: Scaling, gpus: int) -> Workload:
     return BASE if scaling == "strong" else replace(BASE, prompts=max(1, BASE.prompts * gpus // BASE_GPUS))
 
 
-def series_rows(cluster_name: str, model: str, scaling: Scaling, counts: Iterable[int]) -> list[Row]:
+def series_rows(
+    cluster_name: str, model: str, scaling: Scaling, counts: Iterable[int], efficiencies: Efficiencies
+) -> list[Row]:
     """One model over growing numbers of GPUs. With fixed work, GPUs that make a step slower stay idle."""
-    sizes, cluster = sizes_of(model), CLUSTERS[cluster_name]
+    sizes, cluster = sizes_of(model), replace(CLUSTERS[cluster_name], efficiencies=efficiencies)
     rows, fastest = [], None
     for gpus in counts:
         work = workload(scaling, gpus)
@@ -185,7 +186,7 @@ def credit_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Clu
     t = trainer.tensor
     touched = tokens * sizes.vocab / t * 2 * 4
     return Seconds(
-        memory=touched / (cluster.gpu.memory_bandwidth * step_time.MEMORY),
+        memory=touched / (cluster.gpu.memory_bandwidth * cluster.efficiencies.memory),
         network=tokens * 4 * 4 * (t - 1) / cluster.bandwidth(t),
     )
 
