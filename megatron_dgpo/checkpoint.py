@@ -1,7 +1,7 @@
 """Checkpoints: Megatron's distributed format, complete or absent, the newest few kept.
 
-A checkpoint is a folder `step_N` that appears by renaming, after every file in it was written and listed with
-size and CRC-32 in its manifest. A folder that lacks a manifest, or whose files do not match it, is passed over.
+A checkpoint is a folder `step_N`, a `complete_folder` whose manifest lists every other file in it with size and CRC-32.
+A folder that lacks a manifest, or whose files do not match it, is passed over.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 import random
 import shutil
 import zlib
@@ -26,6 +25,7 @@ from megatron.core.dist_checkpointing.serialization import get_default_load_shar
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_dgpo.complete_folder import complete_folder, partial_folder
 from megatron_dgpo.manifest import (
     MANIFEST,
     Origins,
@@ -68,30 +68,25 @@ def save(
     origins: of the run; what continues it must have the same.
     """
     target = folder / f"step_{progress.step:08d}"
-    partial = folder / f".writing_{target.name}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    state = _model_state(policy)
-    state["optimizer"] = policy.optimizer.sharded_state_dict(state, metadata=_METADATA)
-    state["scheduler"] = policy.scheduler.state_dict()
-    state["rng"] = _sharded_rng(_rng_state())
-    dist_checkpointing.save(state, str(partial))
-    checksums = _checksums(partial)
-    if dist.get_rank() == 0:
-        manifest = {
-            "progress": dataclasses.asdict(progress),
-            "architecture": dataclasses.asdict(architecture),
-            "layout": dataclasses.asdict(policy.layout),
-            "origins": origins or {},
-            "files": checksums,
-        }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _flush_to_disk(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        _flush_to_disk(folder)
+    leads = dist.get_rank() == 0
+    with complete_folder(target) if leads else contextlib.nullcontext(partial_folder(target)) as partial:
+        dist.barrier()
+        state = _model_state(policy)
+        state["optimizer"] = policy.optimizer.sharded_state_dict(state, metadata=_METADATA)
+        state["scheduler"] = policy.scheduler.state_dict()
+        state["rng"] = _sharded_rng(_rng_state())
+        dist_checkpointing.save(state, str(partial))
+        checksums = _checksums(partial)
+        if leads:
+            manifest = {
+                "progress": dataclasses.asdict(progress),
+                "architecture": dataclasses.asdict(architecture),
+                "layout": dataclasses.asdict(policy.layout),
+                "origins": origins or {},
+                "files": checksums,
+            }
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    if leads:
         for old in candidates(folder)[keep:]:
             shutil.rmtree(old)
     dist.barrier()
@@ -108,8 +103,8 @@ def load_newest(
     # Rank 0's view, so that no rank sees another list of folders.
     for candidate in from_rank_0(lambda: candidates(folder)):
         manifest = read_manifest(candidate)
-        problem = "its manifest is missing or unreadable" if manifest is None else _damage(candidate, manifest)
-        if problem:
+        problem = _damage(candidate, manifest) if manifest else "its manifest is missing or unreadable"
+        if manifest is None or problem:
             logger.warning("%s is passed over: %s", candidate, problem)
             continue
         check_architecture(candidate, manifest, architecture)
@@ -129,7 +124,8 @@ def load(path: Path, policy: Policy, weights_only: bool = False) -> None:
     if not weights_only:
         _adapt_to_torch_adam(policy)
         state["optimizer"] = policy.optimizer.sharded_state_dict(state, is_loading=True, metadata=_METADATA)
-        if read_manifest(path).get("layout") == dataclasses.asdict(policy.layout):
+        manifest = read_manifest(path)
+        if manifest and manifest.get("layout") == dataclasses.asdict(policy.layout):
             state["rng"] = _sharded_rng(_rng_state())
         else:
             logger.warning("%s was written at another layout: random number generators start anew", path)
@@ -233,10 +229,6 @@ def _sharded_rng(state: dict) -> ShardedObject:
     return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),))
 
 
-def _files(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
-
-
 def _crc32(file: Path) -> int:
     value = 0
     with file.open("rb") as stream:
@@ -247,7 +239,7 @@ def _crc32(file: Path) -> int:
 
 def _checksums(path: Path) -> dict[str, list[int]]:
     """{file: [bytes, CRC-32]}, each rank reading its share. Collective."""
-    files = from_rank_0(lambda: [str(file.relative_to(path)) for file in _files(path)])
+    files = from_rank_0(lambda: [str(file.relative_to(path)) for file in sorted(path.rglob("*")) if file.is_file()])
     mine = files[dist.get_rank() :: dist.get_world_size()]
     shares = all_gathered({name: [(path / name).stat().st_size, _crc32(path / name)] for name in mine})
     return {name: entry for share in shares for name, entry in share.items()}
@@ -261,10 +253,3 @@ def _damage(path: Path, manifest: dict) -> str | None:
         wrong = [name for name in names if _crc32(path / name) != manifest["files"][name][1]]
     wrong = sorted({name for share in all_gathered(wrong) for name in share})
     return f"{', '.join(wrong)} missing or damaged" if wrong else None
-
-
-def _flush_to_disk(folder: Path) -> None:
-    for path in [*_files(folder), *([folder / MANIFEST] if (folder / MANIFEST).exists() else []), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 
+from megatron_dgpo.complete_folder import flush
 from megatron_dgpo.weights.architectures import read_architecture
-from megatron_dgpo.weights.convert import Job, convert, flush, group
-from megatron_dgpo.weights.directory import FILE_BYTES, SafetensorsWriter
+from megatron_dgpo.weights.convert import Job, convert
+from megatron_dgpo.weights.directory import FILE_BYTES, SafetensorsWriter, group
 
 
 class PeakMemory:

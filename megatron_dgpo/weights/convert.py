@@ -1,7 +1,7 @@
 """Conversion between Hugging Face directories, Megatron checkpoints and ModelOpt FP8, one tensor at a time.
 
-Output files are the units of work: any process writes any of them, and one that is there is complete. They gather in
-`.writing_TARGET` beside the target, which appears by renaming; a conversion that was killed goes on from there.
+Output files are the units of work: any process writes any of them, and one that is there is complete. So a conversion
+that was killed goes on from what its partial folder holds.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from megatron_dgpo.complete_folder import complete_folder, partial_folder
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.manifest import check_architecture, read_manifest
 from megatron_dgpo.weights import fp8
@@ -36,6 +38,7 @@ from megatron_dgpo.weights.directory import (
     SafetensorsWriter,
     bytes_of,
     copy_small_files,
+    group,
 )
 from megatron_dgpo.weights.distributed import DistributedCheckpoint, DistributedWriter, dtype_name
 from megatron_dgpo.weights.formats import is_distributed
@@ -65,7 +68,7 @@ class Job:
 
     @property
     def work(self) -> Path:
-        return self.target.with_name(f".writing_{self.target.name}")
+        return partial_folder(self.target)
 
 
 def detect_kind(path: Path) -> str:
@@ -95,7 +98,7 @@ def convert(job: Job, workers: int = 1, verify: bool = False, force: bool = Fals
     if job.target.exists() and not force:
         raise UsageError(f"{job.target} exists: use --force to replace it, or --verify to compare it with the source")
     conversion = _conversion(job, job.work)
-    with _claimed(job):
+    with _claimed(job), complete_folder(job.target, resume=True):
         todo = [number for number in range(len(conversion.files)) if not conversion.target.is_done(number)]
         _run_all(_write_file, job, job.work, todo, workers, "converting")
         conversion.finish()
@@ -107,13 +110,6 @@ def convert(job: Job, workers: int = 1, verify: bool = False, force: bool = Fals
                 shutil.rmtree(job.work)
                 raise
         (job.work / _PLAN).unlink()
-        flush([*job.work.iterdir(), job.work])
-        replaced = job.target.with_name(f".replaced_{job.target.name}")
-        if job.target.exists():
-            job.target.rename(replaced)
-        job.work.rename(job.target)
-        flush([job.target.parent])
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 # The work folder
@@ -144,13 +140,6 @@ def _fingerprint(source: Path) -> list:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(source.iterdir())]
 
 
-def flush(paths: Iterable[Path]) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
 # Source and target
 
 
@@ -172,6 +161,7 @@ class Conversion:
         limit = job.file_bytes or (_DISTRIBUTED_FILE_BYTES if job.kind == "megatron" else FILE_BYTES)
         self.files = group(list(self.architecture.parameters), self.nbytes, limit)
         """The Megatron parameters that go into each output file."""
+        self.target: DistributedWriter | SafetensorsWriter
         if job.kind == "megatron":
             self.target = DistributedWriter(folder, self.architecture, self.files, self._dtype)
         else:
@@ -251,19 +241,6 @@ class Conversion:
         return torch.bfloat16 if self._job.kind == "fp8" and dtype == torch.float32 else dtype
 
 
-def group(names: list[str], nbytes: Callable[[str], int], limit: int) -> list[list[str]]:
-    """Consecutive runs of at most `limit` bytes, or of one name."""
-    groups, room = [], 0
-    for name in names:
-        size = nbytes(name)
-        if size > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(name)
-        room -= size
-    return groups
-
-
 def _open_source(path: Path, architecture: Architecture) -> DistributedCheckpoint | HfDirectory:
     if detect_kind(path) == "hf":
         return HfDirectory(path, architecture)
@@ -280,7 +257,7 @@ def _checksum(tensor: torch.Tensor) -> tuple:
 # Processes
 
 
-_bytes_done = None
+_bytes_done: Any = None
 
 
 def _start_worker(counter, in_process: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from megatron_dgpo.complete_folder import flush
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.json_file import read_object
 from megatron_dgpo.weights.architectures import Architecture
@@ -62,11 +62,28 @@ class Safetensors:
         return self._files[file].get_tensor(name)
 
 
+def group(names: Iterable[str], nbytes: Callable[[str], int], limit: int) -> list[list[str]]:
+    """Consecutive runs of at most `limit` bytes, or of one name: what goes into each file."""
+    groups: list[list[str]] = []
+    room = 0
+    for name in names:
+        size = nbytes(name)
+        if size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
 class SafetensorsWriter:
     """A sharded Hugging Face model, written file by file, in any order and by any process."""
 
     def __init__(self, folder: Path, files: list[list[str]], layout: Callable[[str], dict[str, torch.Tensor]]) -> None:
-        """files: the parameters that go into each. layout: {tensor: shape and dtype} of each parameter."""
+        """files: the parameters that go into each. layout: {tensor: shape and dtype} of each parameter.
+
+        A parameter is whatever the caller takes at once: one of Megatron's, or a single tensor.
+        """
         self._folder, self._files = folder, files
         self._layouts = [{k: v for name in names for k, v in layout(name).items()} for names in files]
         count = len(files)
@@ -110,8 +127,7 @@ def write_safetensors(path: Path, layout: dict[str, torch.Tensor], tensors: Iter
         for name, tensor in tensors:
             file.seek(8 + len(text) + header[name]["data_offsets"][0])
             file.write(bytes_of(tensor))
-        file.flush()
-        os.fsync(file.fileno())
+    flush([path])
 
 
 def copy_small_files(source: Path, target: Path, dtype: torch.dtype) -> None:
@@ -129,5 +145,5 @@ def copy_small_files(source: Path, target: Path, dtype: torch.dtype) -> None:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """Without a copy, where the tensor is contiguous."""
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    """Without a copy, where the tensor is contiguous and in host memory."""
+    return memoryview(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())

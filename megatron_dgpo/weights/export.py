@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from safetensors.torch import save_file
 
+from megatron_dgpo.complete_folder import complete_folder
 from megatron_dgpo.model.collectives import all_gathered
 from megatron_dgpo.weights.architectures import Architecture, expert_of
-from megatron_dgpo.weights.directory import FILE_BYTES, copy_small_files
-from megatron_dgpo.weights.formats import INDEX, SINGLE, is_distributed
+from megatron_dgpo.weights.directory import FILE_BYTES, SafetensorsWriter, copy_small_files, group
+from megatron_dgpo.weights.formats import is_distributed
 from megatron_dgpo.weights.load import named_shards, tensor_files
 from megatron_dgpo.weights.slices import shard_slices
 
@@ -86,53 +85,40 @@ class FullTensors:
 def export_hf(
     chunks: list[torch.nn.Module], architecture: Architecture, source_dir: Path, target: Path, dtype: torch.dtype
 ) -> Path:
-    """Write a Hugging Face directory that appears complete or not at all; replaces one that is there.
+    """Write a Hugging Face directory, a `complete_folder`; replaces one that is there.
 
-    Config, tokenizer and all other small files are those of source_dir. Collective over all ranks; global rank 0
-    writes, holding one file's tensors (5 GB) at a time.
+    Config, tokenizer and all other small files are those of source_dir. Collectives: those of making and iterating
+    FullTensors, and a barrier over all ranks. Global rank 0 writes, holding one parameter at a time; the others wait
+    while it flushes a file (5 GB) to disk.
     """
-    partial = target.with_name(f".writing_{target.name}")
-    writer = dist.get_rank() == 0
-    if writer:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        copy_small_files(source_dir, partial, dtype)
-    hf_names = {} if is_distributed(source_dir) else tensor_files(source_dir)
-    tied_head = architecture.tied_embeddings and "lm_head.weight" in hf_names
-    files: list[dict[str, torch.Tensor]] = [{}]
-    index: dict[str, int] = {}
-    size = total = 0
-    for name, tensor in FullTensors(chunks, architecture, dtype):
-        if not writer:
-            continue
-        copies = [name, "lm_head.weight"] if tied_head and name == "model.embed_tokens.weight" else [name]
-        for copy in copies:
-            if size and size + tensor.nbytes > FILE_BYTES:
-                _write_file(partial, files)
-                files.append({})
-                size = 0
-            files[-1][copy] = tensor.cpu().clone()
-            index[copy] = len(files)
-            size, total = size + tensor.nbytes, total + tensor.nbytes
-    if writer:
-        _write_file(partial, files)
-        _name_files(partial, index, len(files), total)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+    tensors = FullTensors(chunks, architecture, dtype)
+    if dist.get_rank() == 0:
+        with complete_folder(target) as folder:
+            copy_small_files(source_dir, folder, dtype)
+            stored = () if is_distributed(source_dir) else tensor_files(source_dir)
+            _write(folder, tensors, architecture, dtype, architecture.tied_embeddings and "lm_head.weight" in stored)
+    else:
+        for _ in tensors:
+            pass
     dist.barrier()
     return target
 
 
-def _write_file(folder: Path, files: list[dict[str, torch.Tensor]]) -> None:
-    save_file(files[-1], folder / f"part-{len(files):05d}.safetensors", metadata={"format": "pt"})
-    files[-1].clear()
+def _write(folder: Path, tensors: FullTensors, architecture: Architecture, dtype: torch.dtype, tied_head: bool) -> None:
+    empty = ((name, torch.empty(shape, dtype=dtype, device="meta")) for name, shape in architecture.hf_shapes.items())
+    layout = dict(_with_head(empty, tied_head))
+    # Of tensors, which stream by in this order; a conversion splits by Megatron parameters, its units of work.
+    files = group(layout, lambda name: layout[name].nbytes, FILE_BYTES)
+    writer = SafetensorsWriter(folder, files, lambda name: {name: layout[name]})
+    stream = _with_head(tensors, tied_head)
+    for number in range(len(files)):
+        writer.write(number, lambda _: itertools.islice(stream, 1))
+    writer.finish()
 
 
-def _name_files(folder: Path, index: dict[str, int], count: int, total: int) -> None:
-    """The final names carry the number of files, which is known only at the end."""
-    names = {n: SINGLE if count == 1 else f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)}
-    for number, name in names.items():
-        (folder / f"part-{number:05d}.safetensors").rename(folder / name)
-    if count > 1:
-        content = {"metadata": {"total_size": total}, "weight_map": {t: names[n] for t, n in index.items()}}
-        (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
+def _with_head(tensors: Iterable[tuple[str, torch.Tensor]], tied_head: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """With `tied_head`, a copy of the embedding follows it."""
+    for name, tensor in tensors:
+        yield name, tensor
+        if tied_head and name == "model.embed_tokens.weight":
+            yield "lm_head.weight", tensor

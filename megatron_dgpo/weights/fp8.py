@@ -49,6 +49,7 @@ def write_config(folder: Path, names: list[str]) -> None:
     from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 
     routers = [name.removesuffix(".weight") for name in names if _is_router(name)]
+    quantization: dict[str, str | list[str] | None]
     quantization = {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "kv_cache_quant_algo": None}
     quantization["exclude_modules"] = ["lm_head", *routers]
     settings = {"producer": {"name": "modelopt", "version": modelopt.__version__}, "quantization": quantization}
