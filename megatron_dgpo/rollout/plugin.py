@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from multiprocessing import resource_tracker
 
 from megatron_dgpo import stop
 
@@ -24,6 +25,7 @@ def register() -> None:
     WeightTransferEngineFactory.register_engine(BACKEND, "megatron_dgpo.weight_sync.receive", "ShardEngine")
     _extend_workers()
     _unlink_joined_shared_memory()
+    _fork_on_cpu()
     # vLLM starts processes, which may unblock them.
     stop.keep_blocked()
 
@@ -75,3 +77,21 @@ def _unlink_joined_shared_memory() -> None:
         return handle
 
     _CPUSHMDistributed._init_cpu_shm = join_and_unlink
+
+
+def _fork_on_cpu() -> None:
+    """A server's other processes as copies of its first: each would spend 15 s of a core on loading all of vLLM anew.
+
+    vLLM starts a CPU server's by `spawn`, for the libraries that it preloads in them: see server.py, `_openmp`.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config
+
+    def check_and_fork(cls, vllm_config) -> None:
+        check(vllm_config)
+        # Of all of them, then: vLLM kills an engine with its children, and would with one of the engine's own.
+        resource_tracker.ensure_running()
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_fork)
