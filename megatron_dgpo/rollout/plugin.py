@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from multiprocessing import resource_tracker
 
 from megatron_dgpo import stop
@@ -95,3 +96,12 @@ def _fork_on_cpu() -> None:
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
 
     CpuPlatform.check_and_update_config = classmethod(check_and_fork)
+    os.register_at_fork(after_in_child=_close_servers_port)
+
+
+def _close_servers_port() -> None:
+    """In a copy: with it open, connections to a server that is gone would wait instead of failing."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as held:
+            if held.family in (socket.AF_INET, socket.AF_INET6) and held.type == socket.SOCK_STREAM:
+                os.close(int(name))
