@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
@@ -37,6 +37,7 @@ from megatron_dgpo.manifest import (
     wrong_sizes,
 )
 from megatron_dgpo.model.collectives import all_gathered, from_rank_0
+from megatron_dgpo.model.parallel import data_group
 from megatron_dgpo.model.policy import Policy
 from megatron_dgpo.weights.architectures import Architecture
 from megatron_dgpo.weights.dcp_metadata import only_data
@@ -130,9 +131,7 @@ def load(path: Path, policy: Policy, weights_only: bool = False) -> None:
         else:
             logger.warning("%s was written at another layout: random number generators start anew", path)
     with only_data(path, look=dist.get_rank() == 0):
-        strategy = FullyParallelLoadStrategyWrapper(
-            get_default_load_sharded_strategy(str(path)), parallel_state.get_data_parallel_group()
-        )
+        strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), data_group())
         loaded = dist_checkpointing.load(state, str(path), strategy)
     for name, chunk in _named_chunks(policy):
         chunk.load_state_dict(loaded[name])

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_dgpo import checkpoint
 from megatron_dgpo.batch import Batch
@@ -23,7 +22,6 @@ from megatron_dgpo.model.parallel import initialize_parallel
 from megatron_dgpo.model.policy import LossFunction, Policy, StepResult
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.export import export_hf
-from megatron_dgpo.weights.load import load_weights
 
 _MARGIN = timedelta(minutes=10)
 
@@ -64,16 +62,8 @@ class Session(contextlib.ExitStack):
         self.config, self._command = config, command
         self.architecture = read_architecture(config.model.path)
         initialize_parallel(config.parallel, config.run.seed, patience(config))
-        self.replica = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         self.policy = Policy(config, self.architecture, optimizer_steps)
-        load_weights(
-            self.policy.modules,
-            self.architecture,
-            config.model.path,
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_tensor_model_parallel_world_size(),
-        )
-        self.policy.reload_master_weights()
+        self.policy.load(config.model.path)
         self.log = self.enter_context(MetricsLog(config.run.dir, command, visible=dist.get_rank() == 0))
         self._checkpoints = config.run.dir / "checkpoints"
         self._skipped_in_a_row = 0

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_dgpo import stop
 from megatron_dgpo.config import Config
 from megatron_dgpo.data import PromptOrder, load_solutions, load_tokenizer
 from megatron_dgpo.manifest import Progress
+from megatron_dgpo.model.parallel import replica, tensor_group
 from megatron_dgpo.model.policy import LossFunction
 from megatron_dgpo.session import Session, world
 from megatron_dgpo.statistics import token_statistics
@@ -28,7 +28,7 @@ def sft(config: Config) -> bool:
         stopped = stop.asked()
         while progress.step < config.sft.steps and not stopped:
             with session.log.phase("policy"):
-                rows = [solutions[i] for i in order.take(progress.prompts, config.sft.batch_size, *session.replica)]
+                rows = [solutions[i] for i in order.take(progress.prompts, config.sft.batch_size, *replica())]
                 batch = session.make_batch([row.prompt_ids for row in rows], [row.response_ids for row in rows])
                 result = session.step(batch.split(config.batch.micro_batch_size), loss)
             progress = Progress(progress.step + 1, progress.prompts + config.sft.batch_size)
@@ -61,7 +61,7 @@ def mean_negative_logprob(vocab_size: int) -> LossFunction:
             batch.targets,
             temperature=1.0,
             vocab_size=vocab_size,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            tp_group=tensor_group(),
         )
         total = -statistics.logprobs.sum()
         tokens = torch.tensor(len(batch.targets), device=total.device)

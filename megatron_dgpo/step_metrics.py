@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_dgpo.algorithm.objective import LARGEST
 from megatron_dgpo.metrics import MetricsLog
 from megatron_dgpo.model import device
+from megatron_dgpo.model.parallel import data_group
 from megatron_dgpo.model.policy import StepResult
 from megatron_dgpo.rollout.response import Response
 
@@ -71,7 +71,7 @@ def _response_metrics(responses: list[Response]) -> dict[str, float]:
         dtype=torch.float64,
         device=torch.cuda.current_device(),
     )
-    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    torch.distributed.all_reduce(sums, group=data_group())
     count, reward, correct, tokens, cut, failed = sums.tolist()
     return {
         "rollout/reward": reward / count,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_dgpo import stop
 from megatron_dgpo.algorithm.advantages import group_advantages
@@ -17,6 +16,7 @@ from megatron_dgpo.config import Config
 from megatron_dgpo.data import PromptOrder, end_tokens, load_prompts, load_tokenizer
 from megatron_dgpo.evaluation import evaluate
 from megatron_dgpo.manifest import Progress
+from megatron_dgpo.model.parallel import tensor_group
 from megatron_dgpo.model.reference import Reference
 from megatron_dgpo.rollout.client import Engines
 from megatron_dgpo.rollout.response import Response
@@ -49,7 +49,7 @@ def train(config: Config) -> bool:
             config,
             session.architecture.vocab_size,
             reference.head_weight if reference else None,
-            parallel_state.get_tensor_model_parallel_group(),
+            tensor_group(),
         )
         warnings = Warnings(log)
         progress = session.restore()

@@ -61,7 +61,6 @@ def megatron_step(policy_dir, reference_dir, old_dir, parallel, algorithm, old_l
     from megatron_dgpo.model.policy import Policy
     from megatron_dgpo.model.reference import Reference
     from megatron_dgpo.weights.architectures import read_architecture
-    from megatron_dgpo.weights.load import load_weights
     from tests.full_tensors import write_slices
 
     init_device()
@@ -77,7 +76,6 @@ def megatron_step(policy_dir, reference_dir, old_dir, parallel, algorithm, old_l
     architecture = read_architecture(policy_dir)
     initialize_parallel(config.parallel, 1)
     policy, reference = Policy(config, architecture, 10), Reference(config, architecture)
-    rank = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     mine = list(range(8))[replica::replicas]
     table = rows()
@@ -94,10 +92,9 @@ def megatron_step(policy_dir, reference_dir, old_dir, parallel, algorithm, old_l
     if old_logprobs:
         micro_batches = [replace(part, old_logprobs=part.packed_generator_logprobs) for part in micro_batches]
     if old_dir:
-        load_weights(policy.modules, architecture, old_dir, *rank)
+        policy.load(old_dir)
         micro_batches = objective.freeze(policy.forward, micro_batches)
-    load_weights(policy.modules, architecture, policy_dir, *rank)
-    policy.reload_master_weights()
+    policy.load(policy_dir)
 
     def credit(part, hidden_states, head_weight):
         return objective.signal(part, hidden_states, head_weight).credit.split(part.cu_seqlens.diff().tolist())

@@ -32,7 +32,6 @@ from megatron_dgpo.model.policy import Policy
 from megatron_dgpo.model.reference import Reference
 from megatron_dgpo.statistics import token_statistics
 from megatron_dgpo.weights.architectures import read_architecture
-from megatron_dgpo.weights.load import load_weights
 
 _COLUMNS = 4096
 
@@ -100,8 +99,7 @@ def measure(name: str, case: Case, folder: Path, rounds: int) -> dict:
     )
     architecture = read_architecture(config.model.path)
     policy, reference = Policy(config, architecture, 1000), Reference(config, architecture)
-    load_weights(policy.modules, architecture, config.model.path, 0, 1)
-    policy.reload_master_weights()
+    policy.load(config.model.path)
     vocabulary = case.model["vocab_size"]
     tokens = torch.randint(vocabulary, (case.responses, case.prompt_tokens + case.response_tokens)).tolist()
     batch = Batch.from_sequences(

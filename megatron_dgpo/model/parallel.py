@@ -1,4 +1,4 @@
-"""Process groups from the `parallel` settings."""
+"""Process groups from the `parallel` settings, and this rank's place in them. Megatron-Core keeps them."""
 
 from __future__ import annotations
 
@@ -46,6 +46,36 @@ def trainer_layout(parallel: Parallel) -> Layout:
     if rank != dist.get_rank() or layout.expert_rank(rank) != expert_rank:
         raise RuntimeError(f"rank {dist.get_rank()} is {rank} in {layout}: Megatron's order of ranks has changed")
     return layout
+
+
+def tensor_group() -> dist.ProcessGroup:
+    """Those that share each layer's matrices with this rank."""
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def pipeline_group() -> dist.ProcessGroup:
+    """This rank's peers in the other stages."""
+    return parallel_state.get_pipeline_model_parallel_group()
+
+
+def expert_group() -> dist.ProcessGroup:
+    """Those that share each layer's experts with this rank."""
+    return parallel_state.get_expert_model_parallel_group()
+
+
+def data_group(gloo: bool = False) -> dist.ProcessGroup:
+    """This rank's peers in the other replicas; gloo: for Python objects."""
+    return parallel_state.get_data_parallel_group_gloo() if gloo else parallel_state.get_data_parallel_group()
+
+
+def tensor_place() -> tuple[int, int]:
+    """(rank, size) in `tensor_group`."""
+    return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+
+
+def replica() -> tuple[int, int]:
+    """(number of this rank's replica, number of replicas)."""
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
 
 def is_last_stage() -> bool:

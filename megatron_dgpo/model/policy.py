@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,8 +22,9 @@ from megatron_dgpo.config import Config
 from megatron_dgpo.config import Optimizer as OptimizerSettings
 from megatron_dgpo.model.collectives import broadcast_from_last_stage
 from megatron_dgpo.model.gpt import HiddenStatesModel, build_chunks, fuse_weight_gradients
-from megatron_dgpo.model.parallel import is_last_stage, trainer_layout
+from megatron_dgpo.model.parallel import is_last_stage, tensor_place, trainer_layout
 from megatron_dgpo.weights.architectures import Architecture
+from megatron_dgpo.weights.load import load_weights
 
 # (micro-batch, packed hidden states [N, H], head weight [V_padded / tp, H]) ->
 #   (loss sum, integer normaliser, metrics that add up over micro-batches and data-parallel ranks, or largest_ values)
@@ -48,7 +50,8 @@ class Policy:
     """The model that is trained. All methods are collective over all ranks."""
 
     def __init__(self, config: Config, architecture: Architecture, optimizer_steps: int) -> None:
-        """optimizer_steps: length of the learning-rate schedule. Weights are to be loaded into `modules`."""
+        """optimizer_steps: length of the learning-rate schedule. Weights are to be loaded."""
+        self._architecture = architecture
         self.layout = trainer_layout(config.parallel)
         self.modules: list[HiddenStatesModel] = build_chunks(config, architecture)
         if config.model.fusions:
@@ -73,6 +76,11 @@ class Policy:
             megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._gathers_beside_forward = ddp.overlap_param_gather
         megatron.grad_scale_func = self.optimizer.scale_loss
+
+    def load(self, model_dir: Path) -> None:
+        """The weights of a model directory, of either format. Collectives: none."""
+        load_weights(self.modules, self._architecture, model_dir, *tensor_place())
+        self.reload_master_weights()
 
     def reload_master_weights(self) -> None:
         """Make the optimizer's float32 copies follow the parameters; after weights were loaded from outside."""

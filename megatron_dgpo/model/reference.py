@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_dgpo.batch import Batch, with_known
 from megatron_dgpo.config import Config
 from megatron_dgpo.model.gpt import build_chunks
+from megatron_dgpo.model.parallel import tensor_place
 from megatron_dgpo.model.policy import run_schedule
 from megatron_dgpo.weights.architectures import Architecture
 from megatron_dgpo.weights.load import load_weights
@@ -20,13 +20,7 @@ class Reference:
         self.modules = build_chunks(config, architecture)
         for module in self.modules:
             module.requires_grad_(False).eval()
-        load_weights(
-            self.modules,
-            architecture,
-            config.model.reference or config.model.path,
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_tensor_model_parallel_world_size(),
-        )
+        load_weights(self.modules, architecture, config.model.reference or config.model.path, *tensor_place())
         self._parameters = [parameter for module in self.modules for parameter in module.parameters()]
         self._on_host = None
         if config.model.reference_offload:

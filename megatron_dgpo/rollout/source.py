@@ -13,11 +13,9 @@ import functools
 import hashlib
 from collections import Counter
 
-from megatron.core import parallel_state
-
 from megatron_dgpo.config import Config
 from megatron_dgpo.model.collectives import all_gathered, broadcast_from_leader
-from megatron_dgpo.model.parallel import is_replica_leader
+from megatron_dgpo.model.parallel import data_group, is_replica_leader, replica
 from megatron_dgpo.rewards.pool import GraderPool
 from megatron_dgpo.rollout.client import Engines
 from megatron_dgpo.rollout.recording import file_of_step, recorded_responses, write_responses
@@ -37,14 +35,14 @@ class RolloutSource(contextlib.ExitStack):
 
         prompts: of all replicas, whose number divides theirs. Collectives: one object broadcast over the replica.
         """
-        rollout, replica = self._config.rollout, _replica()
-        places = consecutive_share(len(prompts), *replica)
+        rollout = self._config.rollout
+        places = consecutive_share(len(prompts), *replica())
         size, longest = rollout.group_size, rollout.max_response_tokens
         if rollout.replay:
             return recorded_responses(rollout.replay, step, prompts, places, size)
         responses = self._collect(prompts, places, size, rollout.temperature, longest, step)
         if rollout.record and is_replica_leader():
-            write_responses(file_of_step(self._config.run.dir / "rollouts", step, replica[0]), responses)
+            write_responses(file_of_step(self._config.run.dir / "rollouts", step, replica()[0]), responses)
         return responses
 
     def evaluate(self, prompts: list[Prompt], samples: int, temperature: float) -> list[Response]:
@@ -52,9 +50,9 @@ class RolloutSource(contextlib.ExitStack):
 
         Collectives: one object broadcast over the replica and one all-gather over data-parallel ranks.
         """
-        replica, longest = _replica(), self._config.rollout.max_response_tokens
-        mine = self._collect(prompts, dealt_share(len(prompts), *replica), samples, temperature, longest, -1)
-        shares = all_gathered(mine, parallel_state.get_data_parallel_group_gloo())
+        longest = self._config.rollout.max_response_tokens
+        mine = self._collect(prompts, dealt_share(len(prompts), *replica()), samples, temperature, longest, -1)
+        shares = all_gathered(mine, data_group(gloo=True))
         return sorted((response for share in shares for response in share), key=lambda r: r.prompt.index)
 
     def _collect(
@@ -103,11 +101,6 @@ def consecutive_share(count: int, replica: int, replicas: int) -> range:
 def dealt_share(count: int, replica: int, replicas: int) -> range:
     """Places of a replica's problems in an evaluation, of any number."""
     return range(replica, count, replicas)
-
-
-def _replica() -> tuple[int, int]:
-    """(rank, size) of data parallelism."""
-    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
 
 def _slice(places: range) -> slice:

@@ -7,11 +7,11 @@ import functools
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_dgpo.batch import Batch
 from megatron_dgpo.config import Config
 from megatron_dgpo.model.collectives import broadcast_from_last_stage, from_rank_0
+from megatron_dgpo.model.parallel import tensor_group
 from megatron_dgpo.model.policy import Policy
 from megatron_dgpo.rollout import server
 from megatron_dgpo.rollout.client import Engines
@@ -121,7 +121,7 @@ class WeightSync(contextlib.ExitStack):
                 part.targets,
                 temperature=1.0,
                 vocab_size=self._architecture.vocab_size,
-                tp_group=parallel_state.get_tensor_model_parallel_group(),
+                tp_group=tensor_group(),
             ).logprobs.tolist()
 
         return broadcast_from_last_stage(self._policy.forward(batch.split(1), logprobs))

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_dgpo.complete_folder import complete_folder
 from megatron_dgpo.model.collectives import all_gathered
+from megatron_dgpo.model.parallel import expert_group, pipeline_group, tensor_group, tensor_place
 from megatron_dgpo.weights.architectures import Architecture, expert_of
 from megatron_dgpo.weights.directory import FILE_BYTES, SafetensorsWriter, copy_small_files, group
 from megatron_dgpo.weights.formats import is_distributed
@@ -31,9 +31,9 @@ class FullTensors:
         """dtype: of the tensors given out. Collective: object all-gathers over pipeline and expert-parallel ranks."""
         self._architecture, self._dtype = architecture, dtype
         self._shards = {name: p for name, p in named_shards(chunks) if name in architecture.parameters}
-        self._tp_size = parallel_state.get_tensor_model_parallel_world_size()
-        self._pipeline = parallel_state.get_pipeline_model_parallel_group()
-        self._experts = parallel_state.get_expert_model_parallel_group()
+        self._tp_size = tensor_place()[1]
+        self._pipeline = pipeline_group()
+        self._experts = expert_group()
         # name -> (pipeline stage, expert-parallel rank, shape of a shard)
         self._owners: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         shapes = {name: tuple(parameter.shape) for name, parameter in self._shards.items()}
@@ -74,7 +74,7 @@ class FullTensors:
             if is_expert:
                 everything[0] = shard
             else:
-                group = parallel_state.get_tensor_model_parallel_group()
+                group = tensor_group()
                 dist.all_gather_into_tensor(everything.view(-1), shard.view(-1), group=group)
         if is_expert and dist.get_rank(self._pipeline) == stage:
             dist.broadcast(everything, group=self._experts, group_src=expert_rank)

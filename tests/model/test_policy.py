@@ -23,7 +23,6 @@ def build(model_dir, parallel, optimizer=None, **model):
     from megatron_dgpo.model.policy import Policy
     from megatron_dgpo.sft import mean_negative_logprob
     from megatron_dgpo.weights.architectures import read_architecture
-    from megatron_dgpo.weights.load import load_weights
 
     init_device()
     config = make_config(
@@ -32,14 +31,7 @@ def build(model_dir, parallel, optimizer=None, **model):
     architecture = read_architecture(model_dir)
     initialize_parallel(config.parallel, 1)
     policy = Policy(config, architecture, 10)
-    load_weights(
-        policy.modules,
-        architecture,
-        model_dir,
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-    )
-    policy.reload_master_weights()
+    policy.load(model_dir)
     rows = torch.randint(3, 131, (8, 20), generator=torch.Generator().manual_seed(7))
     rows = rows[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()].tolist()
     batch = Batch.from_sequences(

@@ -75,7 +75,6 @@ def push(folder, model, tensor, parallel, addresses, version, kill=None, in_plac
     FAIL.
     """
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
     from megatron_dgpo.model.collectives import from_rank_0
     from megatron_dgpo.model.device import init_device
@@ -84,20 +83,14 @@ def push(folder, model, tensor, parallel, addresses, version, kill=None, in_plac
     from megatron_dgpo.rollout.client import Engines
     from megatron_dgpo.weight_sync.shards import ShardSync
     from megatron_dgpo.weights.architectures import read_architecture
-    from megatron_dgpo.weights.load import load_weights, named_shards
+    from megatron_dgpo.weights.load import named_shards
 
     init_device()
     config = make_test_config(folder, tensor, parallel, "memory" if in_place else "shards")
     initialize_parallel(config.parallel, 1)
     architecture = read_architecture(model)
     policy = Policy(config, architecture, 1)
-    load_weights(
-        policy.modules,
-        architecture,
-        model,
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-    )
+    policy.load(model)
     engines = Engines(addresses, SECRET, 60, [2])
     sync = ShardSync(engines, dict(named_shards(policy.modules)), architecture, policy.layout, config)
     if kill is not None and dist.get_rank() == dist.get_world_size() - 1:

@@ -92,6 +92,6 @@ def test_replay_gives_each_group_once(tmp_path, monkeypatch, recorded_by, replay
         write_responses(file, [response for place in share for response in groups[place]])
     got = []
     for replica in range(replayed_by):
-        monkeypatch.setattr(source, "_replica", lambda replica=replica: (replica, replayed_by))
+        monkeypatch.setattr(source, "replica", lambda replica=replica: (replica, replayed_by))
         got += RolloutSource(config, RecordingEngines(0), None).sample(PROMPTS, 1)
     assert [response.token_ids for response in got] == [[place, i] for place in range(len(PROMPTS)) for i in (0, 1)]

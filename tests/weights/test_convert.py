@@ -142,7 +142,7 @@ def test_trainer_and_megatron_load_it_in_any_layout(tmp_path, family, parallel):
 
 def save_checkpoint(model_dir, folder, parallel, stacked=True):
     """A training checkpoint, or, not stacked, the model alone with a tensor of its own for every layer."""
-    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core import dist_checkpointing
 
     from megatron_dgpo import checkpoint
     from megatron_dgpo.manifest import Progress
@@ -150,16 +150,13 @@ def save_checkpoint(model_dir, folder, parallel, stacked=True):
     from megatron_dgpo.model.parallel import initialize_parallel
     from megatron_dgpo.model.policy import Policy
     from megatron_dgpo.weights.architectures import read_architecture
-    from megatron_dgpo.weights.load import load_weights
 
     init_device()
     config = make_config(model_dir, parallel, model={"dtype": "bfloat16"})
     initialize_parallel(config.parallel, 1)
     architecture = read_architecture(model_dir)
     policy = Policy(config, architecture, 1)
-    place = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
-    load_weights(policy.modules, architecture, model_dir, *place)
-    policy.reload_master_weights()
+    policy.load(model_dir)
     if stacked:
         return checkpoint.save(folder, policy, architecture, Progress(), 1)
     folder.mkdir(exist_ok=True)

@@ -16,6 +16,7 @@ from megatron_dgpo.batch import Batch
 from megatron_dgpo.config import Config
 from megatron_dgpo.model.collectives import broadcast_from_last_stage
 from megatron_dgpo.model.layer_specs import uses_transformer_engine
+from megatron_dgpo.model.parallel import tensor_group
 from megatron_dgpo.model.reference import Reference
 from megatron_dgpo.session import Session, world
 from megatron_dgpo.statistics import token_statistics
@@ -116,7 +117,7 @@ def _logprobs(session: Session, products: str) -> Line:
             batch.targets,
             temperature=TEMPERATURE,
             vocab_size=VOCAB,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            tp_group=tensor_group(),
         ).logprobs.tolist()
 
     parts = broadcast_from_last_stage(session.policy.forward(_micro_batches(session), logprobs))
@@ -152,7 +153,7 @@ def _step(session: Session, products: str) -> Line:
     config = session.config
     reference = Reference(config, session.architecture)
     micro_batches = reference.attach(_micro_batches(session))
-    objective = Objective(config, VOCAB, reference.head_weight, parallel_state.get_tensor_model_parallel_group())
+    objective = Objective(config, VOCAB, reference.head_weight, tensor_group())
     result = session.policy.step(micro_batches, objective)
     oracle = dense_step(config.model.path, config.model.reference, _rows(), config.algorithm, TEMPERATURE, VOCAB)
     errors = {

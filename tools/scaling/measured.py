@@ -196,14 +196,12 @@ def _step_seconds(point: Point, model: Path) -> float:
     """The fastest of some policy updates. Collective."""
     import torch
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
     from megatron_dgpo.algorithm.objective import Objective
     from megatron_dgpo.batch import Batch
-    from megatron_dgpo.model.parallel import initialize_parallel
+    from megatron_dgpo.model.parallel import initialize_parallel, replica, tensor_group
     from megatron_dgpo.model.policy import Policy
     from megatron_dgpo.model.reference import Reference
-    from megatron_dgpo.weights.load import load_weights
 
     config = Config.model_validate(
         {
@@ -215,10 +213,8 @@ def _step_seconds(point: Point, model: Path) -> float:
     architecture = read_architecture(model)
     initialize_parallel(config.parallel, 1)
     policy, reference = Policy(config, architecture, 1000), Reference(config, architecture)
-    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
-    load_weights(policy.modules, architecture, model, tensor_rank, point.tensor)
-    policy.reload_master_weights()
-    torch.manual_seed(parallel_state.get_data_parallel_rank())
+    policy.load(model)
+    torch.manual_seed(replica()[0])
     rows = torch.randint(
         architecture.vocab_size, (point.responses // point.data, PROMPT_TOKENS + RESPONSE_TOKENS)
     ).tolist()
@@ -226,8 +222,7 @@ def _step_seconds(point: Point, model: Path) -> float:
         [row[:PROMPT_TOKENS] for row in rows], [row[PROMPT_TOKENS:] for row in rows], torch.randn(len(rows)).tolist()
     )
     micro_batches = reference.attach(batch.split(1))
-    tp_group = parallel_state.get_tensor_model_parallel_group()
-    objective = Objective(config, architecture.vocab_size, reference.head_weight, tp_group)
+    objective = Objective(config, architecture.vocab_size, reference.head_weight, tensor_group())
     times = []
     # The first has Megatron's set-up in it.
     for _ in range(1 + _STEPS):
