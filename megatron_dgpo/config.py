@@ -395,12 +395,12 @@ def _anchor_paths(settings: dict, section: type[Section], folder: Path) -> None:
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             if isinstance(value, dict):
                 _anchor_paths(value, field.annotation, folder)
-        elif isinstance(value, str) and value and value[0] != "~" and Path in _kinds(section)[name]:
+        elif isinstance(value, str) and value and value[0] != "~" and Path in _kinds(section)[name]:  # type: ignore[arg-type]
             settings[name] = str(folder / value)
 
 
 @functools.cache
-def _kinds(section: type[Section]) -> dict[str, set[type]]:
+def _kinds(section: type) -> dict[str, set[type]]:
     """The types that each setting may be of, NoneType among them; str for a choice."""
     found = {}
     for name, hint in get_type_hints(section).items():

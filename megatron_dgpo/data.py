@@ -231,7 +231,7 @@ def _rows(path: Path, setting: str) -> list[tuple[str, dict]]:
 
 
 def _is_deep(row: dict) -> bool:
-    level = [row]
+    level: list = [row]
     for _ in range(_MOST_LEVELS):
         children = (child for value in level for child in (value.values() if isinstance(value, dict) else value))
         level = [child for child in children if isinstance(child, dict | list | tuple)]

@@ -50,6 +50,7 @@ def evaluate_policy(config: Config, folder: Path | None, from_model: bool) -> No
 
     Collective: called by every rank.
     """
+    assert config.data.eval, "preflight.check asks for it"
     with contextlib.ExitStack() as stack:
         stack.enter_context(world(config))
         tokenizer = load_tokenizer(config.model.path)
@@ -58,14 +59,15 @@ def evaluate_policy(config: Config, folder: Path | None, from_model: bool) -> No
         sleep = ServerSleep(config, engines)
         sleep.begin()
         session = stack.enter_context(Session(config, "eval"))
-        policy, architecture = session.policy, session.architecture
         rollouts = stack.enter_context(RolloutSource(config, engines, tokenizer))
-        weight_sync = stack.enter_context(WeightSync(config, engines, sleep, policy, architecture, problems))
+        weight_sync = stack.enter_context(WeightSync(config, engines, sleep, session.policy, problems))
         step = 0
         if not from_model:
             path = folder or newest(config.run.dir / "checkpoints")
-            checkpoint.load(path, policy, weights_only=True)
-            step = read_manifest(path)["progress"]["step"]
+            manifest = read_manifest(path) if path else None
+            assert path and manifest, "preflight.check finds it"
+            checkpoint.load(path, session.policy, weights_only=True)
+            step = manifest["progress"]["step"]
         weight_sync.push(step)
         metrics = evaluate(config, rollouts, problems, step)
         if dist.get_rank() == 0:

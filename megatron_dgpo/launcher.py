@@ -189,7 +189,8 @@ def serve_node(config: Config, node: Node) -> int:
         first = node.index * config.servers.count
         servers, addresses = server.start(config, server.secret(), node.logs, node, first)
         node.publish(f"servers_{node.index}", addresses)
-        _report(process.supervise([], servers), servers, node)
+        if failed := process.supervise([], servers):
+            _report(failed, servers, node)
         return 1
     except _Interrupted:
         return 0

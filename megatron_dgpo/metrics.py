@@ -78,7 +78,7 @@ class MetricsLog:
         if "rollout/tokens" in metrics:
             times["time/tokens_per_s"] = metrics["rollout/tokens"] / seconds
         self._phases, self._step_start = {}, time.monotonic()
-        if not self._writer:
+        if not (self._writer and self._progress):
             return
         values = {name: float(value) for name, value in (metrics | times).items()}
         # JSON has no NaN and no infinity; null keeps their place.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from megatron_dgpo.metrics import read_metrics
@@ -30,8 +31,7 @@ def plot_run(metrics_file: Path, picture: Path, title: str) -> Path:
     """Draw reward, accuracy, entropy, mean H², effective share and response length against steps as a PNG."""
     rows = read_metrics(metrics_file)
     last = max((row["step"] for row in rows), default=0)
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
+    figure = Figure(figsize=(11, 5.5), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
     FigureCanvasAgg(figure)
     axes = figure.subplots(-(-len(_PANELS) // _COLUMNS), _COLUMNS)
     for axis, (name, series) in zip(axes.flat, _PANELS, strict=True):

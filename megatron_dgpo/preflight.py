@@ -193,8 +193,8 @@ def _check_rewards(config: Config, command: str, tokenizer) -> None:
     most = legality.PROCESSES_PER_CORE * len(os.sched_getaffinity(0))
     if config.reward.workers > most:
         raise UsageError(f"reward.workers={config.reward.workers}: at most {most} on the CPU cores of this machine")
-    files = [("data.train", config.data.train)] * (command == "train")
-    files += [("data.eval", config.data.eval)] * (config.data.eval is not None)
+    files = [("data.train", config.data.train)] if command == "train" else []
+    files += [("data.eval", config.data.eval)] if config.data.eval else []
     with GraderPool(config.reward) as graders:
         for setting, path in files:
             prompts = load_prompts(config, path, setting, tokenizer)

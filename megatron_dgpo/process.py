@@ -68,8 +68,10 @@ def _temporary_folder() -> tempfile.TemporaryDirectory:
 
 
 def _tell_guardian(line: str) -> None:
-    _guardian().stdin.write(f"{line}\n".encode())
-    _guardian().stdin.flush()
+    pipe = _guardian().stdin
+    assert pipe
+    pipe.write(f"{line}\n".encode())
+    pipe.flush()
 
 
 def start(name: str, command: list[str], env: dict[str, str], log: Path, show_output: bool = False) -> Child:

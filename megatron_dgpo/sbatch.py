@@ -46,7 +46,7 @@ def write(config: Config, file: Path, overrides: list[str], size: Size, time: st
     text = (_ROOT / "slurm" / ("shared.sbatch" if shared else "separate.sbatch")).read_text()
     header, body = text.split(_SOURCE)
     mixed = size.rollout_gpus not in (None, size.gpus)
-    settings = {"nodes": size.nodes if shared or mixed else size.nodes + size.rollout_nodes}
+    settings: dict[str, int | str] = {"nodes": size.nodes if shared or mixed else size.nodes + size.rollout_nodes}
     settings |= {"time": time} if time else {}
     settings |= {"gpus-per-node": size.gpus} if size.gpus else {}
     settings |= dict(option.removeprefix("--").partition("=")[::2] for option in options)

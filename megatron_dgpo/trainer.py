@@ -40,9 +40,9 @@ def train(config: Config) -> bool:
         sleep = ServerSleep(config, engines)
         sleep.begin()
         session = stack.enter_context(Session(config, "train", config.run.steps * config.batch.minibatches))
-        log, policy = session.log, session.policy
+        log = session.log
         rollouts = stack.enter_context(RolloutSource(config, engines, tokenizer))
-        weight_sync = stack.enter_context(WeightSync(config, engines, sleep, policy, session.architecture, problems))
+        weight_sync = stack.enter_context(WeightSync(config, engines, sleep, session.policy, problems))
         order = PromptOrder(len(problems), config.run.seed, config.data.shuffle)
         reference = Reference(config, session.architecture) if config.algorithm.credit != "uniform" else None
         objective = Objective(

@@ -51,7 +51,7 @@ class Policy:
 
     def __init__(self, config: Config, architecture: Architecture, optimizer_steps: int) -> None:
         """optimizer_steps: length of the learning-rate schedule. Weights are to be loaded."""
-        self._architecture = architecture
+        self.architecture = architecture
         self.layout = trainer_layout(config.parallel)
         self.modules: list[HiddenStatesModel] = build_chunks(config, architecture)
         if config.model.fusions:
@@ -79,7 +79,7 @@ class Policy:
 
     def load(self, model_dir: Path) -> None:
         """The weights of a model directory, of either format. Collectives: none."""
-        load_weights(self.modules, self._architecture, model_dir, *tensor_place())
+        load_weights(self.modules, self.architecture, model_dir, *tensor_place())
         self.reload_master_weights()
 
     def reload_master_weights(self) -> None:
@@ -117,7 +117,7 @@ class Policy:
             return loss, normaliser
 
         run_schedule(self.chunks, batches, compute_loss, backward=True)
-        metrics = broadcast_from_last_stage(_over_replicas(collected) if is_last_stage() else None)
+        metrics = broadcast_from_last_stage(_over_replicas(collected) if is_last_stage() else {})
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         skipped = not (math.isfinite(grad_norm) and math.isfinite(metrics["loss"]))

@@ -11,12 +11,13 @@ import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 # Long enough for any answer; the patterns below take quadratic time.
 _LONGEST = 2000
 
 # Spelling that means nothing, in the order in which it goes.
-_CLEANING = [
+_CLEANING: list[tuple[re.Pattern, Any]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"(?<!\\)\\[\[\]()]|\*\*|\\!|\\displaystyle|\\?[$€£¥₹]", ""),
@@ -91,10 +92,10 @@ def parse_expected(answer: str) -> Expected:
         raise ValueError(f"the data's answer {answer[-80:]!r} is empty")
     if _is_words(text):
         return Expected(text)
-    items = _items(text)
-    if items is None or any(item.name and _symbols(item.value) for item in items):
-        items = ()
-    items = tuple(replace(item, value=_without_unit(item.value)) for item in items)
+    found = _items(text) or []
+    if any(item.name and _symbols(item.value) for item in found):
+        found = []
+    items = tuple(replace(item, value=_without_unit(item.value)) for item in found)
     parsed = _parse(_joined(items) if items else text)
     if parsed is None:
         raise ValueError(f"math-verify finds no expression in the data's answer {answer[-80:]!r}")
@@ -127,7 +128,7 @@ def same(expected: Expected, answer: str) -> bool:
 def _same_items(expected: Expected, items: list[_Item]) -> bool:
     items = [replace(item, value=_without_unit(item.value, any_letters=not expected.symbolic)) for item in items]
     if all(item.name for item in (*expected.items, *items)):
-        if sorted(item.name for item in items) != sorted(item.name for item in expected.items):
+        if sorted(str(item.name) for item in items) != sorted(str(item.name) for item in expected.items):
             return False
         places = {item.name: place for place, item in enumerate(expected.items)}
         items.sort(key=lambda item: places[item.name])
@@ -138,7 +139,7 @@ def _same_items(expected: Expected, items: list[_Item]) -> bool:
     ordered = len({item.name for item in expected.items}) > 1
     # A percentage is a number with a unit and, if the data has one, also its hundredth.
     numbers = [[value.replace(r"\%", "") for value in both] for both in (values, given)]
-    return _equal_lists(*numbers, ordered) or (
+    return _equal_lists(numbers[0], numbers[1], ordered) or (
         r"\%" in expected.text and numbers[1] == given and _equal_lists(values, given, ordered)
     )
 

@@ -132,7 +132,7 @@ class GraderPool:
             # Answers that nobody waited for would be taken for the next call's.
             self.close()
             raise
-        return scores
+        return [score for score in scores if score is not None]
 
     def _wait(self) -> list[tuple[int, Score]]:
         """Wait until a worker says something or is too late; returns the (item, score) pairs that this brought."""
@@ -155,7 +155,7 @@ class GraderPool:
                 worker.ready, self._failed_starts = True, 0
                 continue
             if worker.item is not None:
-                score = Score(value) if kind == "reward" else Score(0.0, f"{kind}: {value}")
+                score = Score(float(value)) if kind == "reward" else Score(0.0, f"{kind}: {value}")
                 scored.append((worker.item, score))
                 worker.item = None
             else:
@@ -173,7 +173,7 @@ class GraderPool:
 
     def _report(self, scores: Sequence[Score], indices: Sequence[int]) -> None:
         failed = [(index, score) for index, score in zip(indices, scores, strict=True) if score.failure]
-        self.failures.update(score.failure_kind for _, score in failed)
+        self.failures.update(score.failure_kind or "" for _, score in failed)
         for index, score in failed[:_LOGGED_FAILURES]:
             logger.warning("prompt %s: reward 0, grader %s", index, score.failure)
         if len(failed) > _LOGGED_FAILURES:

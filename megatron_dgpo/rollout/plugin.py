@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 from multiprocessing import resource_tracker
+from typing import Any
 
 from megatron_dgpo import stop
 
@@ -33,6 +34,11 @@ def register() -> None:
 
 class WorkerMethods:
     """What the trainer may call on a worker through /collective_rpc."""
+
+    weight_transfer_engine: Any
+    vllm_config: Any
+    model_runner: Any
+    _weight_update_active: bool
 
     def received_checksums(self) -> dict[str, int]:
         return getattr(self.weight_transfer_engine, "checksums", {})

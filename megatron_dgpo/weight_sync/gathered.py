@@ -33,7 +33,8 @@ class IpcSync:
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-        self._engines, self._version, self._failure = engines, 0, None
+        self._engines, self._version = engines, 0
+        self._failure: Exception | None = None
         self._source = SummedSource(source, architecture, tensor) if dist.get_rank() == 0 else source
         # Without packing vLLM would keep every gathered tensor, the whole model on every GPU, until the update's end.
         info = IPCTrainerInitInfo(

@@ -106,7 +106,7 @@ class ShardEngine(WeightTransferEngine):
                 needed[move.rank][move.source] = Handle(**init_info.memory[move.rank][move.source])
             self._memory = {rank: attach(handles) for rank, handles in needed.items()}
         else:
-            meeting = Meeting(**init_info.meeting)
+            meeting = Meeting(**(init_info.meeting or {}))
             size = trainer.world_size + vllm.num_workers
             self._group = join_group(meeting, trainer.world_size + self._worker, size)
             self._timeout_s = meeting.timeout_s
@@ -123,7 +123,7 @@ class ShardEngine(WeightTransferEngine):
         for module in self.model.modules():
             # Without this a CPU worker skips packing the experts anew and computes with garbage.
             method = getattr(module, "quant_method", None)
-            if self.device.type == "cpu" and getattr(method, "moe_kernel", None) is not None:
+            if method is not None and self.device.type == "cpu" and getattr(method, "moe_kernel", None) is not None:
                 method.moe_kernel = None
         initialize_layerwise_reload(self.model)
 
@@ -145,7 +145,8 @@ class ShardEngine(WeightTransferEngine):
     def receive_weights(self, update: ShardUpdate) -> None:
         """Never raises: when one of several workers does, vLLM takes the others' answers for those to its next call."""
         self.failure = ""
-        self._sample, self._pieces = set(update.checksums), {}
+        self._sample = set(update.checksums)
+        self._pieces: dict[Move, int] = {}
         try:
             if self._group is None:
                 for move in itertools.chain.from_iterable(self._buckets):

@@ -141,9 +141,7 @@ def receive_buckets(
     A piece has arrived when `load` gets it. Raises as send_buckets does.
     """
 
-    def post(index: int) -> tuple[_Posted, list[list[Move]]] | None:
-        if index == len(moves):
-            return None
+    def post(index: int) -> tuple[_Posted, list[list[Move]]]:
         ranks = _grouped(moves[index], lambda move: move.rank)
         messages = [
             (rank, torch.empty(sum(move.numel for move in mine), dtype=dtype, device=device)) for rank, mine in ranks
@@ -157,11 +155,11 @@ def receive_buckets(
             for move, piece in zip(mine, buffer.split([move.numel for move in mine]), strict=True):
                 load(move, piece.view(move.shape))
 
-    arriving = post(0)
-    for index in range(len(moves)):
-        following = post(index + 1)
-        take(*arriving)
-        arriving = following
+    under_way = [post(0)]
+    for index in range(1, len(moves) + 1):
+        if index < len(moves):
+            under_way.append(post(index))
+        take(*under_way.pop(0))
 
 
 @dataclass

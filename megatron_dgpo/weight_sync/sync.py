@@ -20,7 +20,6 @@ from megatron_dgpo.statistics import token_statistics
 from megatron_dgpo.weight_sync.canary import Canary
 from megatron_dgpo.weight_sync.gathered import IpcSync
 from megatron_dgpo.weight_sync.shards import ShardSync
-from megatron_dgpo.weights.architectures import Architecture
 from megatron_dgpo.weights.export import FullTensors
 from megatron_dgpo.weights.load import named_shards
 
@@ -59,26 +58,25 @@ class ServerSleep:
         self._asleep = self._asleep and what == "weights"
 
 
-class WeightSync(contextlib.ExitStack):
+class WeightSync:
     """A context manager, at whose exit trainer and servers let go of the memory or the group that they share."""
 
     def __init__(
-        self,
-        config: Config,
-        engines: Engines,
-        sleep: ServerSleep,
-        policy: Policy,
-        architecture: Architecture,
-        problems: list[Prompt],
+        self, config: Config, engines: Engines, sleep: ServerSleep, policy: Policy, problems: list[Prompt]
     ) -> None:
         """problems: data whose first prompts the canary asks about."""
-        super().__init__()
         self._config, self._engines, self._sleep = config, engines, sleep
-        self._policy, self._architecture = policy, architecture
-        self._canary = Canary(config)
+        self._policy, self._canary = policy, Canary(config)
+        self._shared = contextlib.ExitStack()
         # One for each pipeline stage: an interleaved schedule wants a multiple of them.
         count = max(2, config.parallel.pipeline)
         self._prompts = [problems[i % len(problems)].token_ids for i in range(count)]
+
+    def __enter__(self) -> WeightSync:
+        return self
+
+    def __exit__(self, *failure) -> None:
+        self._shared.__exit__(*failure)
 
     def push(self, version: int) -> dict[str, float]:
         """Make the servers serve the policy's weights as `version`; raises StaleWeightsError unless they do.
@@ -100,14 +98,14 @@ class WeightSync(contextlib.ExitStack):
     @functools.cached_property
     def _transport(self) -> ShardSync | IpcSync:
         """Made with the first push, when servers that slept have their memory again; waits until they are up."""
-        config, modules, architecture = self._config, self._policy.modules, self._architecture
+        config, modules, architecture = self._config, self._policy.modules, self._policy.architecture
         from_rank_0(self._engines.wait_until_healthy)
         if server.transport(config) == "ipc":
             source = FullTensors(modules, architecture, getattr(torch, server.dtype(config)))
             tensor, bucket = config.servers.tensor, config.weight_sync.bucket_bytes
-            return self.enter_context(IpcSync(self._engines, source, architecture, tensor, bucket))
+            return self._shared.enter_context(IpcSync(self._engines, source, architecture, tensor, bucket))
         shards = dict(named_shards(modules))
-        return self.enter_context(ShardSync(self._engines, shards, architecture, self._policy.layout, config))
+        return self._shared.enter_context(ShardSync(self._engines, shards, architecture, self._policy.layout, config))
 
     def _logprobs(self, prompts: list[list[int]], texts: list[list[int]]) -> list[list[float]]:
         """The policy's log-probs of the texts' tokens, at temperature 1."""
@@ -120,7 +118,7 @@ class WeightSync(contextlib.ExitStack):
                 head_weight,
                 part.targets,
                 temperature=1.0,
-                vocab_size=self._architecture.vocab_size,
+                vocab_size=self._policy.architecture.vocab_size,
                 tp_group=tensor_group(),
             ).logprobs.tolist()
 

@@ -208,7 +208,7 @@ class Architecture:
                 for name, entry in layer_table.items()
                 if "k_layernorm" not in name and "q_layernorm" not in name
             }
-        found = [(name, *entry) for name, entry in EMBEDDING.items()]
+        found: list[tuple[str, ...]] = [(name, *entry) for name, entry in EMBEDDING.items()]
         for layer in range(self.num_layers):
             for name, entry in layer_table.items():
                 for expert in range(self.num_experts) if name.count("{}") > 1 else (0,):
@@ -284,7 +284,7 @@ def _mixture(path: Path, config: HfConfig, family: Family) -> dict:
     }.items():
         if not value:
             raise UsageError(f"{path}: key '{key}' is missing")
-    if chosen > config.experts:
+    if chosen and chosen > config.experts:
         raise UsageError(f"{path}: num_experts_per_tok={chosen} is more than the {config.experts} experts")
     return dict(
         num_experts=config.experts,
