@@ -89,7 +89,7 @@ def _unlink_joined_shared_memory() -> None:
 def _fork_on_cpu() -> None:
     """A server's other processes as copies of its first: each would spend 15 s of a core on loading all of vLLM anew.
 
-    vLLM starts a CPU server's by `spawn`, for the libraries that it preloads in them: see server.py, `_openmp`.
+    vLLM starts a CPU server's by `spawn`, for the libraries that it preloads in them: see server.py, `_with_openmp`.
     """
     from vllm.platforms.cpu import CpuPlatform
 
