@@ -221,6 +221,6 @@ def of_cluster(layout: Layout, server: ServerLayout, gpus: int, shared: bool, ma
     if (gpus if shared else rest) != machines * server.num_workers:
         yield (
             f"of --gpus={gpus} the trainer takes {layout.world_size} ({_RANKS}); the other {rest}, or all of them if "
-            f"shared, are not {machines} machines of {server.num_workers} GPUs (servers.tensor × servers): change "
+            f"shared, are not {machines} machines of {server.num_workers} GPUs (servers.tensor × count): change "
             "these or --gpus"
         )

@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from typing import cast
 
 from megatron_dgpo.config import Reward
 from megatron_dgpo.errors import UsageError
@@ -132,7 +133,7 @@ class GraderPool:
             # Answers that nobody waited for would be taken for the next call's.
             self.close()
             raise
-        return [score for score in scores if score is not None]
+        return cast(list[Score], scores)
 
     def _wait(self) -> list[tuple[int, Score]]:
         """Wait until a worker says something or is too late; returns the (item, score) pairs that this brought."""

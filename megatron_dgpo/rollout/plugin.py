@@ -91,6 +91,10 @@ def _fork_on_cpu() -> None:
 
     vLLM starts a CPU server's by `spawn`, for the libraries that it preloads in them: see server.py, `_with_openmp`.
     """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
     from vllm.platforms.cpu import CpuPlatform
 
     check = CpuPlatform.check_and_update_config
@@ -108,6 +112,9 @@ def _fork_on_cpu() -> None:
 def _close_servers_port() -> None:
     """In a copy: with it open, connections to a server that is gone would wait instead of failing."""
     for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as held:
+        # What is no socket raises, and stays open.
+        with contextlib.suppress(OSError):
+            held = socket.socket(fileno=int(name))
             if held.family in (socket.AF_INET, socket.AF_INET6) and held.type == socket.SOCK_STREAM:
-                os.close(int(name))
+                held.close()
+            held.detach()
