@@ -155,11 +155,12 @@ def receive_buckets(
             for move, piece in zip(mine, buffer.split([move.numel for move in mine]), strict=True):
                 load(move, piece.view(move.shape))
 
-    under_way = [post(0)]
-    for index in range(1, len(moves) + 1):
+    under_way: list[tuple[_Posted, list[list[Move]]]] = []
+    for index in range(len(moves) + 1):
         if index < len(moves):
             under_way.append(post(index))
-        take(*under_way.pop(0))
+        if index:
+            take(*under_way.pop(0))
 
 
 @dataclass
