@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_dgpo.complete_folder import complete_folder, partial_folder
+from megatron_dgpo.errors import UsageError
 from megatron_dgpo.manifest import (
     MANIFEST,
     Origins,
@@ -37,7 +38,7 @@ from megatron_dgpo.manifest import (
     wrong_sizes,
 )
 from megatron_dgpo.model.collectives import all_gathered, from_rank_0
-from megatron_dgpo.model.parallel import data_group
+from megatron_dgpo.model.parallel import copies_group
 from megatron_dgpo.model.policy import Policy
 from megatron_dgpo.weights.architectures import Architecture
 from megatron_dgpo.weights.dcp_metadata import only_data
@@ -66,10 +67,12 @@ def save(
 ) -> Path:
     """Write `folder/step_N` and drop all but the newest `keep`. Collective over all ranks; returns its path.
 
-    origins: of the run; what continues it must have the same.
+    origins: of the run; what continues it must have the same. Raises UsageError, and writes nothing, where the disk
+    has no room for what the last checkpoint took.
     """
     target = folder / f"step_{progress.step:08d}"
     leads = dist.get_rank() == 0
+    from_rank_0(lambda: _check_room(folder))
     with complete_folder(target) if leads else contextlib.nullcontext(partial_folder(target)) as partial:
         dist.barrier()
         state = _model_state(policy)
@@ -94,6 +97,18 @@ def save(
     return target
 
 
+def _check_room(folder: Path) -> None:
+    manifest = next((found for path in candidates(folder) if (found := read_manifest(path))), None)
+    needed = sum(size for size, _ in manifest["files"].values()) if manifest else 0
+    total, _, free = shutil.disk_usage(folder) if needed else (0, 0, 0)
+    # Some network file systems do not tell.
+    if total and free < needed:
+        raise UsageError(
+            f"{folder} has {free / 2**30:.1f} GiB free, and the last checkpoint took {needed / 2**30:.1f}: make room "
+            "or lower checkpoint.keep; the same command continues from the last checkpoint"
+        )
+
+
 def load_newest(
     folder: Path, policy: Policy, architecture: Architecture, origins: Origins | None = None
 ) -> Progress | None:
@@ -102,7 +117,7 @@ def load_newest(
     Collective over all ranks. Raises UsageError for a checkpoint of another model, or of a run with other `origins`.
     """
     # Rank 0's view, so that no rank sees another list of folders.
-    for candidate in from_rank_0(lambda: candidates(folder)):
+    for candidate in from_rank_0(lambda: _tidied(folder)):
         manifest = read_manifest(candidate)
         problem = _damage(candidate, manifest) if manifest else "its manifest is missing or unreadable"
         if manifest is None or problem:
@@ -113,6 +128,13 @@ def load_newest(
         load(candidate, policy)
         return Progress(**manifest["progress"])
     return None
+
+
+def _tidied(folder: Path) -> list[Path]:
+    """The candidates; what a save that was cut off has left beside them goes: by `run_lock` it is nobody's."""
+    for left in folder.glob(partial_folder(folder / "step_*").name):
+        shutil.rmtree(left, ignore_errors=True)
+    return candidates(folder)
 
 
 def load(path: Path, policy: Policy, weights_only: bool = False) -> None:
@@ -131,7 +153,7 @@ def load(path: Path, policy: Policy, weights_only: bool = False) -> None:
         else:
             logger.warning("%s was written at another layout: random number generators start anew", path)
     with only_data(path, look=dist.get_rank() == 0):
-        strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), data_group())
+        strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), copies_group())
         loaded = dist_checkpointing.load(state, str(path), strategy)
     for name, chunk in _named_chunks(policy):
         chunk.load_state_dict(loaded[name])

@@ -1,25 +1,33 @@
-"""`megatron-dgpo sft | train | eval | serve | launch CONFIG [section.name=value ...]`"""
+"""`megatron-dgpo sft | train | eval | serve | launch CONFIG [MORE.yaml ...] [section.name=value ...]`,
+`megatron-dgpo settings [SECTION]` and `megatron-dgpo plot RUN`"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import sys
+import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_dgpo import legality, sbatch, stop
 from megatron_dgpo.cluster import Node, torchrun_environment
-from megatron_dgpo.config import Config, load_config
+from megatron_dgpo.config import Config, config_text, load_config
 from megatron_dgpo.errors import UsageError
+from megatron_dgpo.settings_table import settings_of
 
+_WIDTH = 100
 _COMMANDS = {
     "sft": "fine-tune on written solutions",
     "train": "run or continue DGPO training",
     "eval": "report avg@k and pass@k of a checkpoint or a Hugging Face directory",
     "serve": "run one vLLM server as training expects it",
     "launch": "submit a training run to SLURM",
+    "settings": "list all settings, or a section's, with types, defaults and meaning",
+    "plot": "draw what a run reports against its steps",
 }
 
 
@@ -31,12 +39,19 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = sys.argv[1:]
     options = _parse(arguments)
     try:
+        if options.command == "settings":
+            return _show_settings(options.section)
+        if options.command == "plot":
+            return _plot(options.run)
         # In an array of jobs %a stands for the index, which is not known before the job runs.
         array = options.command == "launch"
         overrides = [o.replace("%a", "0") if array else o for o in options.overrides]
         if getattr(options, "model", None):
             overrides.append(f"model.path={options.model}")
         config = load_config(options.config, overrides)
+        if options.show_config:
+            print(config_text(config), end="")
+            return 0
         return _run(options, config, arguments)
     except UsageError as error:
         print(f"megatron-dgpo {options.command}: {error}", file=sys.stderr)
@@ -50,8 +65,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(_COMMANDS))
     for name, purpose in _COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=purpose)
+        if name == "settings":
+            command.add_argument("section", nargs="?", choices=list(Config.model_fields), metavar="SECTION")
+            continue
+        if name == "plot":
+            command.add_argument("run", type=Path, help="the run.dir of a run")
+            continue
         command.add_argument("config", type=Path, help="YAML file of settings")
-        command.add_argument("overrides", nargs="*", metavar="section.name=value", help="settings over the file's")
+        command.add_argument(
+            "overrides", nargs="*", default=[], metavar="section.name=value", help="or a file: settings over CONFIG's"
+        )
+        command.add_argument("--show-config", action="store_true", help="print every setting's value and start nothing")
         if name == "eval":
             source = command.add_mutually_exclusive_group()
             source.add_argument("--checkpoint", type=Path, help="a step_N folder; default: the run's newest")
@@ -63,10 +87,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             _add_sizes(command)
     # argparse takes a list of positionals only in one piece; overrides may also follow an option.
     options, rest = parser.parse_known_args(arguments)
-    unknown = [argument for argument in rest if argument.startswith("-")]
+    unknown = [argument for argument in rest if argument.startswith("-") or "overrides" not in options]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    options.overrides += rest
+    if rest:
+        options.overrides = options.overrides + rest
     return options
 
 
@@ -86,6 +111,25 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _show_settings(section: str | None) -> int:
+    for setting in (s for name in ([section] if section else Config.model_fields) for s in settings_of(name)):
+        name, kind, default, meaning = (text.replace("`", "") for text in setting)
+        print(f"{name} = {default}   [{kind}]")
+        if meaning:
+            print(textwrap.fill(meaning, _WIDTH, initial_indent="    ", subsequent_indent="    "))
+    return 0
+
+
+def _plot(run: Path) -> int:
+    from megatron_dgpo.plot import plot_run
+
+    metrics = run / "metrics" / "train.jsonl"
+    if not metrics.is_file():
+        raise UsageError(f"{metrics}: no such file; expected the run.dir of a training run")
+    print(plot_run(metrics, run / "plot.png", run.resolve().name))
+    return 0
+
+
 def _launch(options: argparse.Namespace, config: Config) -> int:
     size = sbatch.Size(options.nodes, options.rollout_nodes, options.gpus_per_node, options.rollout_gpus_per_node)
     text = sbatch.write(config, options.config, options.overrides, size, options.time, options.sbatch)
@@ -102,6 +146,9 @@ def _run(options: argparse.Namespace, config: Config, arguments: list[str]) -> i
     if launcher.is_rank():
         return _run_rank(options, config)
     node = Node.here(config.run.dir)
+    if options.command == "eval" and not node.in_job:
+        # Beside those of a training that may be running.
+        node = replace(node, logs=node.logs / "eval")
     if options.command == "serve":
         return launcher.serve_node(config, node) if node.in_job else launcher.serve(config, options.host, options.port)
     needs_servers = options.command != "sft" and config.rollout.replay is None
@@ -136,11 +183,8 @@ def _say_device(options: argparse.Namespace, config: Config, local_size: int, no
 
 
 def _run_rank(options: argparse.Namespace, config: Config) -> int:
-    from megatron_dgpo.model.compat import compiled_at_first_call
-
-    with compiled_at_first_call():
-        from megatron_dgpo import evaluation, sft, trainer
     from megatron_dgpo.rollout import server
+    from megatron_dgpo.run_lock import run_lock
 
     # The launcher's way to end a rank at once, whatever it waits for.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -149,6 +193,7 @@ def _run_rank(options: argparse.Namespace, config: Config) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     world_size = int(os.environ["WORLD_SIZE"])
     legality.check(legality.of_world(config.parallel, world_size))
+    lock: contextlib.AbstractContextManager = contextlib.nullcontext()
     if server.ADDRESSES not in os.environ:
         # Not started by our launcher, which has checked already.
         for name, value in torchrun_environment().items():
@@ -157,6 +202,17 @@ def _run_rank(options: argparse.Namespace, config: Config) -> int:
             local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
             _check(options, config, world_size, local_size)
             _say_device(options, config, local_size, world_size // local_size)
+            lock = run_lock(config.run.dir) if options.command != "eval" else lock
+    with lock:
+        return _run_command(options, config)
+
+
+def _run_command(options: argparse.Namespace, config: Config) -> int:
+    from megatron_dgpo.model.compat import compiled_at_first_call
+
+    with compiled_at_first_call():
+        from megatron_dgpo import evaluation, sft, trainer
+
     finished = True
     if options.command == "sft":
         finished = sft.sft(config)

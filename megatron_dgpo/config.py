@@ -68,7 +68,7 @@ Seconds = Annotated[float, Field(gt=0, le=2_000_000)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Run(Section):
@@ -93,8 +93,8 @@ class Model(Section):
     layer_spec: Literal["auto", "te", "portable"] = "auto"
     """te: Transformer Engine layers; portable: PyTorch only; auto: te where it is installed."""
     fusions: bool = False
-    """Transformer Engine's: weight gradients added to their float32 sums in the product itself, rotary embeddings and a
-    mixture's permutations in one kernel each. Needs its layers."""
+    """Transformer Engine's: weight gradients added to their float32 sums in the product itself, and a mixture's
+    permutations in one kernel each. Needs its layers."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Which activations the backward pass computes again."""
     reference_offload: bool = False
@@ -108,25 +108,31 @@ class Parallel(Section):
     """Stages, each with its share of the layers."""
     chunks_per_stage: Count = 1
     """Model chunks per pipeline stage; above 1 the schedule is interleaved 1F1B."""
+    context: Count = 1
+    """Ranks that share each sequence's tokens: for sequences whose activations one rank cannot hold."""
     expert: Count = 1
-    """Ranks, out of the tensor × data ranks of a pipeline stage, that share a layer's experts between them; each expert
-    is whole on one of them."""
+    """Ranks, out of the tensor × context × data ranks of a pipeline stage, that share a layer's experts between them;
+    each expert is whole on one of them."""
     data: Count | None = None
     """Replicas; null: what the number of ranks leaves, or 1 when this command starts the ranks."""
     sequence: bool = False
     """Sequence parallelism over the tensor-parallel group."""
     distributed_optimizer: bool = False
-    """Shard optimizer state over data-parallel ranks."""
+    """Shard optimizer state over data- and context-parallel ranks."""
     overlap_grad_reduce: bool = False
-    """Sum gradients over data-parallel ranks while the last micro-batch's backward pass runs."""
+    """Sum gradients over those ranks while the last micro-batch's backward pass runs."""
     overlap_param_gather: bool = False
     """With batch.minibatches: gather updated weights while the next optimizer step's forward pass runs. Needs the two
     settings above."""
 
 
 class Batching(Section):
-    micro_batch_size: Count = 1
-    """Responses a rank runs through the model at once."""
+    micro_batch_tokens: Count = 8192
+    """Most tokens, of prompts and responses, that a rank runs through the model at once. A longer sequence runs alone;
+    with parallel.context each of those ranks has its share."""
+    forward_micro_batches: Count = 1
+    """Micro-batches that run through the model as one where no activations are kept: in the passes of the reference and
+    for old log-probs. In a pipeline always one."""
     minibatches: Count = 1
     """Optimizer steps made from one step's responses."""
 
@@ -155,40 +161,106 @@ class Optimizer(Section):
 
 
 class Algorithm(Section):
-    credit: Literal["distribution_guided", "uniform"] = "distribution_guided"
-    """distribution_guided: DGPO (arXiv 2605.03327); uniform: every token alike, which is GRPO."""
+    credit: Literal["distribution_guided", "uniform", "future_kl", "none"] = "distribution_guided"
+    """distribution_guided: DGPO (arXiv 2605.03327); uniform: every token alike, which is GRPO; future_kl: FIPO (arXiv
+    2603.19835); none: rewards count for nothing, beside `teacher`."""
+    deviation: Literal["hellinger2", "alpha", "kl"] = "hellinger2"
+    """Of policy and reference, which credit is given for: squared Hellinger distance; 1 - sum of π^α ρ^(1-α), α being
+    deviation_alpha; KL(π to ρ), which has no bound."""
+    deviation_alpha: float = Field(0.5, gt=0, lt=1)
+    """See deviation; 0.5 is the squared Hellinger distance."""
+    tau_mode: Literal["absolute", "effective_share"] = "absolute"
+    """absolute: tau for every response; effective_share: each has the temperature that gives its weights that share."""
     tau: PositiveFloat = 0.5
     """Temperature of the softmax that turns gated scores into credit weights."""
+    effective_share: float = Field(0.8, gt=0, le=1)
+    """(Σw)²/(T·Σw²) of a response's T weights; 1: all tokens alike."""
+    tau_min: PositiveFloat = 1e-4
+    """Least temperature for it: scores of float32 noise, of a policy that is the reference, remain noise."""
     kappa: float = Field(1.0, ge=0)
     """Exponent of the entropy gate; 0 switches it off."""
     entropy_norm: Literal["log_vocab", "response_max"] = "log_vocab"
     """What entropies are divided by: log V, or the largest entropy of the same response."""
     scored_by: Literal["current", "old"] = "current"
     """Policy whose deviation and entropy are scored: the one being updated, or that before the step's first update."""
-    advantage: Literal["mean_std", "mean"] = "mean_std"
-    """Group advantages: (r - mean) / (std + advantage_eps), or r - mean."""
+    old_logprobs: Literal["auto", "recomputed", "sampled"] = "auto"
+    """Of the ratio: the trainer's own before the step's first update, with batch.minibatches by a forward pass more; or
+    what the servers reported, of the weights that sampled and rounded differently. auto: recomputed, unless
+    rollout.max_staleness is above 0 and batch.minibatches is 1."""
+    correction: Literal["auto", "none", "truncate", "mask"] = "auto"
+    """Weights of the tokens' policy loss for the sampler, q = π_old / π of the sampler: truncate: min(q,
+    correction_high); mask: q, and 0 outside [correction_low, correction_high]. auto: truncate where
+    rollout.max_staleness is above 0 and old log-probs are recomputed, else none."""
+    correction_low: float = Field(0.5, ge=0, le=1)
+    """See correction."""
+    correction_high: float = Field(2.0, ge=1)
+    """See correction."""
+    future_half_life: PositiveFloat = 32
+    """future_kl: tokens after which a later token's log-ratio counts half."""
+    future_low: float = Field(1.0, gt=0, le=1)
+    """future_kl: its weights are clipped to [future_low, future_high]."""
+    future_high: float = Field(1.2, ge=1)
+    """See future_low."""
+    future_safety: PositiveFloat = 4.0
+    """future_kl: ratio above which a token of negative advantage is not weighted up."""
+    teacher: float = Field(0.0, ge=0)
+    """Coefficient of log ρ(a) - log π_old(a), which is added to a token's advantage: model.reference is then a teacher
+    to be imitated (on-policy distillation), or, with a small one, what the policy is held to."""
+    advantage: Literal["mean_std", "mean", "rloo", "mean_mad", "batch_std", "best_of_group", "length_baseline"] = (
+        "mean_std"
+    )
+    """Of a response in its group: (r - mean) / (std + advantage_eps); r - mean; r - mean of the others; (r - mean) /
+    (mean absolute deviation + advantage_eps); (r - mean) / (std over the step + advantage_eps); how far the best is
+    ahead of the second, / (std + advantage_eps), and 0 for the others; r - mean weighted by lengths."""
     advantage_eps: PositiveFloat = 1e-6
-    """Added to the standard deviation of a group's rewards."""
-    clip_low: float = Field(0.2, ge=0, lt=1)
+    """Added to the deviation of rewards."""
+    policy_loss: Literal["ppo_clip", "decoupled_gradient", "sequence_clip", "clipped_weight"] = "ppo_clip"
+    """Of a token. ppo_clip: no gradient outside the clip range; decoupled_gradient: one that decays there (arXiv
+    2603.14389); sequence_clip: ppo_clip of the response's mean log-ratio (GSPO, arXiv 2507.18071); clipped_weight:
+    log-probs weighted with clipped ratios (CISPO, arXiv 2506.13585)."""
+    clip_low: float = Field(0.2, ge=0, le=1)
     """The probability ratio is clipped to [1 - clip_low, 1 + clip_high]."""
     clip_high: float = Field(0.2, ge=0)
     """See clip_low."""
-    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
-    """Mean over all tokens of the step, or over its responses of each one's token mean."""
+    dual_clip: float | None = Field(None, gt=1)
+    """Largest ratio that a negative advantage is multiplied with, in ppo_clip and sequence_clip; in future_kl, what
+    future tokens' ratios must not exceed to count; null: none."""
+    decay_low: float = Field(1.0, ge=0)
+    """decoupled_gradient: below the range the gradient is multiplied by (r / (1 - clip_low)) to this power."""
+    decay_high: float = Field(2.0, gt=0)
+    """decoupled_gradient: above the range it is multiplied by the root of this order of (1 + clip_high) / r."""
+    kl: Literal["none", "k2", "k3"] = "none"
+    """Distance to the reference in the loss: half the squared difference of log-probs, or ρ/π - 1 - log ρ/π (GRPO)."""
+    kl_coefficient: float = Field(0.001, ge=0)
+    """Of kl in the loss."""
+    aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
+    """Mean over all tokens of the step; over its responses of each one's token mean; or of each one's token sum divided
+    by rollout.max_response_tokens (Dr. GRPO)."""
     entropy_bonus: float = Field(0.0, ge=0)
     """Coefficient of the mean token entropy added to the objective."""
 
 
 class Rollout(Section):
     prompts_per_step: Count = 32
+    """Prompts whose groups a step trains on."""
     group_size: Count = 8
     """Responses per prompt."""
     temperature: PositiveFloat = 1.0
+    """Of sampling, and so of the policy that is trained."""
     max_response_tokens: Count = 1024
+    """Longest response; what is longer is cut off there."""
     context_tokens: Count = 2048
     """Longest prompt plus response, in tokens."""
+    max_staleness: int = Field(0, ge=0, lt=1000)
+    """Weight versions (training steps) that a token may be older than the policy it trains. 0: a step samples, then
+    trains; above, servers sample for so many steps more while the policy trains."""
+    dynamic_sampling: bool = False
+    """Groups whose rewards are all equal are left out, and the next prompts in order take their places."""
+    dynamic_limit: float = Field(4.0, ge=1)
+    """Prompts that dynamic sampling asks for a step, at most, in multiples of prompts_per_step; then groups with equal
+    rewards fill it up."""
     request_timeout_s: Seconds = 1800
-    """Longest wait for one step's responses."""
+    """Longest wait for one response."""
     record: bool = False
     """Keep every response with its log-probs under run.dir/rollouts, for inspection and replay."""
     replay: FilePath | None = None
@@ -217,6 +289,14 @@ class Servers(Section):
     enforce_eager: bool | None = None
     """No torch.compile and CUDA graphs in the server; null: only on CPU."""
     start_timeout_s: Seconds = 600
+    """Longest wait for a server to be up, at the start or, with fewer than min_serving left, again."""
+    max_restarts: int = Field(3, ge=0, lt=2**31)
+    """Times an hour that a server that ended is started anew; then, and with 0, its end is the run's. One that sleeps
+    never is: the trainer has its memory."""
+    min_serving: Count = 1
+    """Servers that a weight update must reach; with fewer the run waits start_timeout_s for a restart, then ends."""
+    stall_timeout_s: Seconds = 120
+    """A server whose requests get no token for so long is ended, and its requests are asked of others."""
 
 
 class WeightUpdates(Section):
@@ -262,6 +342,11 @@ class Reward(Section):
     """Time that one grading may compute (of the processor) or wait (of the clock) before its sample gets reward 0."""
     workers: Count = 2
     """Grader processes per data-parallel replica."""
+    overlong: Literal["none", "filter", "punish"] = "none"
+    """Responses that rollout.max_response_tokens cut off. filter: they have no loss, but are compared with; punish:
+    their reward is lower by 1, and by less the earlier in overlong_buffer_tokens a response ends (both DAPO's)."""
+    overlong_buffer_tokens: Count | None = None
+    """Last tokens of the limit that punish begins in; null: a fifth of it."""
 
 
 class Checkpoint(Section):
@@ -288,11 +373,14 @@ class Sft(Section):
     response_field: Text = "response"
     """Field of a row that holds the solution."""
     steps: Count = 100
+    """Optimizer steps."""
     batch_size: Count = 64
     """Sequences per optimizer step."""
 
 
 class Config(Section):
+    """All of them. `run.dir/config.yaml` holds those that a run was started with."""
+
     run: Run = Run()
     model: Model
     parallel: Parallel = Parallel()
@@ -308,27 +396,47 @@ class Config(Section):
     eval: Eval = Eval()
     sft: Sft = Sft()
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any term of the objective asks for the frozen model."""
+        settings = self.algorithm
+        return settings.credit == "distribution_guided" or settings.kl != "none" or settings.teacher > 0
+
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file and apply `section.name=value` overrides; relative paths in the file are relative to it.
+    """Read a YAML file and apply overrides, later ones over earlier ones; relative paths in a file are relative to it.
 
-    Texts, paths and choices in overrides are taken as they are: no quotes, no escapes; `null` is an optional path's
-    absence. Other values are YAML. In either, scalars are text until their setting says what they are.
-    Raises UsageError naming the file or setting, the value found and, for an unknown name, the nearest one.
+    An override is `section.name=value`, or another file of some of the settings (`is_file_of_settings`). Texts, paths
+    and choices in overrides are taken as they are: no quotes, no escapes; `null` is an optional path's absence. Other
+    values are YAML. In either, scalars are text until their setting says what they are. Raises UsageError naming the
+    file or setting, the value found and, for an unknown name, the nearest one.
     """
     path = Path(path)
-    settings = _read(path)
-    for name in Config.model_fields:
-        # Missing, or there with all of its settings commented out.
-        if settings.get(name) is None:
-            settings[name] = {}
-    _anchor_paths(settings, Config, path.parent)
+    settings: dict = {name: {} for name in Config.model_fields}
+    _apply_file(settings, path)
     for override in overrides or []:
-        _apply_override(settings, override)
+        if is_file_of_settings(override):
+            _apply_file(settings, Path(override))
+        else:
+            _apply_override(settings, override)
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
         raise UsageError(f"{shown(path)}: {_explain(error)}") from None
+
+
+def is_file_of_settings(override: str) -> bool:
+    """Whether an argument behind the config's is a further file, such as those of examples/algorithms."""
+    return "=" not in override and override.endswith((".yaml", ".yml"))
+
+
+def config_text(config: Config) -> str:
+    """Every setting with its value, as a file that `load_config` reads wherever it is put: paths are absolute."""
+    settings: dict = {}
+    for name, section in config:
+        settings[name] = {key: str(v.absolute()) if isinstance(v, Path) else v for key, v in section}
+        settings[name] = {key: list(v) if isinstance(v, tuple) else v for key, v in settings[name].items()}
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.BaseLoader):
@@ -386,6 +494,18 @@ def _content(path: Path) -> bytes:
     if len(content) > _MOST_FILE_BYTES:
         raise UsageError(f"{shown(path)}: larger than {_MOST_FILE_BYTES // 2**10} KiB, which no file of settings is")
     return content
+
+
+def _apply_file(settings: dict, path: Path) -> None:
+    """Put what the file says over `settings`."""
+    found = _read(path)
+    _anchor_paths(found, Config, path.parent)
+    for name, values in found.items():
+        if isinstance(values, dict) and isinstance(settings.get(name), dict):
+            settings[name] |= values
+        # None: a section all of whose settings are commented out.
+        elif values is not None or name not in Config.model_fields:
+            settings[name] = values
 
 
 def _anchor_paths(settings: dict, section: type[Section], folder: Path) -> None:

@@ -9,26 +9,18 @@ import json
 import math
 import os
 import sys
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
 from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError, shown
+from megatron_dgpo.micro_batch import TrainingSequence
 from megatron_dgpo.rollout.response import Prompt
 
 _MOST_LEVELS = 100
 """Of lists and objects in a row. Graders get rows pickled, and pickle ends at about 500."""
 _HINTED_FIELDS = 20
 _HINTED_FILES = 1000
-
-
-@dataclass(frozen=True)
-class Solution:
-    """A prompt with its written solution, end token included."""
-
-    prompt_ids: list[int]
-    response_ids: list[int]
 
 
 def load_tokenizer(model_dir: Path):
@@ -87,8 +79,11 @@ def place_of(path: Path, setting: str, index: int) -> str:
     return _rows(path, setting)[index][0]
 
 
-def load_solutions(config: Config, tokenizer) -> list[Solution]:
-    """The rows of `sft.data`. Raises UsageError as `load_prompts` does."""
+def load_solutions(config: Config, tokenizer) -> list[TrainingSequence]:
+    """The rows of `sft.data`: prompts with their written solutions, end tokens included.
+
+    Raises UsageError as `load_prompts` does.
+    """
     if config.sft.data is None:
         raise UsageError("sft.data is missing: give a JSONL or Parquet file with prompts and solutions")
     rows = _rows(config.sft.data, "sft.data")
@@ -97,13 +92,13 @@ def load_solutions(config: Config, tokenizer) -> list[Solution]:
     # Prompt and response are tokenised apart, because that is what sampling does.
     encoded = tokenizer(responses, add_special_tokens=False).input_ids
     solutions = [
-        Solution(prompt_ids, [*response_ids, tokenizer.eos_token_id])
+        TrainingSequence.of(prompt_ids, [*response_ids, tokenizer.eos_token_id])
         for prompt_ids, response_ids in zip(prompts, encoded, strict=True)
     ]
     longest = config.rollout.context_tokens
     _check_lengths(
         rows,
-        [len(solution.prompt_ids) + len(solution.response_ids) for solution in solutions],
+        [len(solution) for solution in solutions],
         longest,
         f"prompt and solution of {{length}} tokens, but rollout.context_tokens={longest}",
     )
@@ -117,18 +112,12 @@ class PromptOrder:
         self._size, self._seed, self._shuffle = size, seed, shuffle
         self._epochs: dict[int, list[int]] = {}
 
-    def take(self, start: int, count: int, replica: int = 0, replicas: int = 1) -> list[int]:
-        """Row numbers at `start` to `start + count` of the endless order; a replica's share of them, in order.
+    def take(self, start: int, count: int) -> list[int]:
+        """Row numbers at `start` to `start + count` of the endless order."""
+        return [self.row(place) for place in range(start, start + count)]
 
-        The shares, joined in replica order, are the same whatever their number, which must divide `count`.
-        """
-        share, rest = divmod(count, replicas)
-        if rest:
-            raise ValueError(f"{count} prompts do not split evenly over {replicas} replicas")
-        first = start + replica * share
-        return [self._row(place) for place in range(first, first + share)]
-
-    def _row(self, place: int) -> int:
+    def row(self, place: int) -> int:
+        """Row number at this place of the endless order."""
         epoch, offset = divmod(place, self._size)
         if not self._shuffle:
             return offset

@@ -10,17 +10,18 @@ import torch.distributed as dist
 from megatron_dgpo import checkpoint
 from megatron_dgpo.config import Config
 from megatron_dgpo.data import end_tokens, load_prompts, load_tokenizer
-from megatron_dgpo.manifest import newest, read_manifest
+from megatron_dgpo.manifest import Progress, newest, read_manifest
 from megatron_dgpo.metrics import pass_at_k
+from megatron_dgpo.model.collectives import from_rank_0
 from megatron_dgpo.rollout.client import Engines
 from megatron_dgpo.rollout.recording import write_responses
-from megatron_dgpo.rollout.response import Prompt
+from megatron_dgpo.rollout.response import Prompt, Response
 from megatron_dgpo.rollout.source import RolloutSource
 from megatron_dgpo.session import Session, world
 from megatron_dgpo.weight_sync.sync import ServerSleep, WeightSync
 
 
-def evaluate(config: Config, rollouts: RolloutSource, problems: list[Prompt], step: int) -> dict[str, float]:
+def evaluate(config: Config, rollouts: RolloutSource, problems: list[Prompt], progress: Progress) -> dict[str, float]:
     """`eval.samples` responses to every problem; writes them to run.dir/eval. Collective over all ranks.
 
     A response is correct when its reward is at least 1. `accuracy` is avg@k, the mean over all responses.
@@ -28,9 +29,13 @@ def evaluate(config: Config, rollouts: RolloutSource, problems: list[Prompt], st
     if not problems or config.rollout.replay:
         return {}
     k = config.eval.samples
-    responses = rollouts.evaluate(problems[: config.eval.problems], k, config.eval.temperature)
-    if dist.get_rank() == 0:
-        write_responses(config.run.dir / "eval" / f"step_{step:08d}.jsonl", responses)
+    responses = rollouts.evaluate(problems[: config.eval.problems], k, config.eval.temperature, progress)
+    return from_rank_0(lambda: _written(config.run.dir / "eval" / f"step_{progress.step:08d}.jsonl", responses, k))
+
+
+def _written(file: Path, responses: list[Response], k: int) -> dict[str, float]:
+    """Metrics of k responses to each problem; writes them."""
+    write_responses(file, responses)
     correct: dict[int, int] = {}
     for response in responses:
         index = response.prompt.index
@@ -55,21 +60,22 @@ def evaluate_policy(config: Config, folder: Path | None, from_model: bool) -> No
         stack.enter_context(world(config))
         tokenizer = load_tokenizer(config.model.path)
         problems = load_prompts(config, config.data.eval, "data.eval", tokenizer)
-        engines = Engines.of_run(config, end_tokens(config.model.path, tokenizer))
+        ends = end_tokens(config.model.path, tokenizer)
+        engines = Engines.of_run(config, ends)
         sleep = ServerSleep(config, engines)
         sleep.begin()
         session = stack.enter_context(Session(config, "eval"))
-        rollouts = stack.enter_context(RolloutSource(config, engines, tokenizer))
         weight_sync = stack.enter_context(WeightSync(config, engines, sleep, session.policy, problems))
-        step = 0
+        rollouts = stack.enter_context(RolloutSource(config, ends, tokenizer, weight_sync))
+        progress = Progress()
         if not from_model:
             path = folder or newest(config.run.dir / "checkpoints")
             manifest = read_manifest(path) if path else None
             assert path and manifest, "preflight.check finds it"
             checkpoint.load(path, session.policy, weights_only=True)
-            step = manifest["progress"]["step"]
-        weight_sync.push(step)
-        metrics = evaluate(config, rollouts, problems, step)
+            progress = Progress(**manifest["progress"])
+        weight_sync.push(progress.weight_version)
+        metrics = evaluate(config, rollouts, problems, progress)
         if dist.get_rank() == 0:
             k = config.eval.samples
             shares = [f"pass@{j}={metrics[f'eval/pass_at_{j}']:.4f}" for j in _powers_of_two(k)]

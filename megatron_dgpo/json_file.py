@@ -1,7 +1,8 @@
-"""JSON files that others wrote, read so that every fault in them is one sentence."""
+"""JSON files: those of others read so that every fault in them is one sentence, and our own replaced whole."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +40,13 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds {shown(content)}, expected a JSON object")
     return content
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Whoever reads the file finds what was there or all of what is; its folder must be there."""
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(text)
+    os.replace(fresh, path)
 
 
 def checked(path: Path, content: dict[str, Any], kind: type[T]) -> T:

@@ -1,5 +1,5 @@
-"""One machine, alone or a node of a SLURM job: start vLLM servers and trainer ranks, watch them, and end all of them
-when any one fails.
+"""One machine, alone or a node of a SLURM job: start vLLM servers and trainer ranks, watch them, start servers that end
+anew, and end all when a rank fails or a server ends too often.
 
 Under torchrun, which starts the ranks itself, this file is not used: `servers.addresses` names the servers and
 MEGATRON_DGPO_SECRET carries their secret, here as there.
@@ -7,11 +7,15 @@ MEGATRON_DGPO_SECRET carries their secret, here as there.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import secrets
 import signal
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 
@@ -22,8 +26,10 @@ from megatron_dgpo.errors import UsageError
 from megatron_dgpo.layout import Layout
 from megatron_dgpo.rollout import server
 from megatron_dgpo.rollout.guard import SECRET
+from megatron_dgpo.run_lock import run_lock
 
 _AT_ONCE = (signal.SIGINT, signal.SIGHUP)
+_HOUR_S = 3600
 
 
 class _Interrupted(BaseException):
@@ -41,27 +47,38 @@ def _interrupt(number: int, _frame) -> None:
 def launch(arguments: list[str], config: Config, node: Node, world_size: int, needs_servers: bool) -> int:
     """Run `megatron-dgpo ARGUMENTS` as this node's share of `world_size` ranks and return the exit status.
 
-    Ends within seconds of the first failure, printing the failed process's last lines. Asked by SIGTERM or SIGUSR1,
-    training finishes its step and saves: stop.STOPPED. SIGINT, SIGHUP, a second SIGTERM, and any during an evaluation
-    end everything at once: 128 + the signal. Nothing it started outlives it, even when it is killed.
+    `run.dir` is this run's until its last rank has ended. Ends within seconds of the first failure, printing the failed
+    process's last lines; a server's end is one when it has been started anew `servers.max_restarts` times within an
+    hour. Asked by SIGTERM or SIGUSR1, training finishes its step and saves: stop.STOPPED. SIGINT, SIGHUP, a second
+    SIGTERM, and any during an evaluation end everything at once: 128 + the signal. Nothing it started outlives it, even
+    when it is killed.
     """
     secret = os.environ.get(SECRET) or secrets.token_urlsafe(32)
     servers: list[process.Child] = []
     ranks: list[process.Child] = []
+    lock = contextlib.ExitStack()
     _handle_signals(ranks, gently=arguments[0] != "eval")
     try:
+        # Kept by the ranks, too: they may outlive this process for a moment.
+        # An evaluation may run beside the training, and must not keep it from going on.
+        locks = node.index == 0 and arguments[0] != "eval"
+        held = (lock.enter_context(run_lock(config.run.dir)),) if locks else ()
+        if not node.in_job:
+            # Of a start with more ranks: in a job each start has a folder of its own.
+            for stale in node.logs.glob("*.error"):
+                stale.unlink(missing_ok=True)
         addresses = list(config.servers.addresses)
         if needs_servers and not addresses:
             servers, addresses = server.start(config, secret, node.logs)
         master = _agree_on_master(config, node)
         for local_rank in range(world_size // node.count):
-            ranks.append(_start_rank(local_rank, node, world_size, master, arguments, addresses, secret))
+            ranks.append(_start_rank(local_rank, node, world_size, master, arguments, addresses, secret, held))
         # Not before: what was started keeps the stop signals blocked.
         stop.unblock()
-        failed = process.supervise(ranks, servers, good=(0, stop.STOPPED))
+        failed = process.supervise(ranks, servers, (0, stop.STOPPED), reviver(config))
         if failed is not None:
             _report(failed, servers, node)
-            return failed.process.returncode if failed.process.returncode > 0 else 1
+            return max(1, failed.process.returncode or 1)
         status = max(rank.process.returncode for rank in ranks)
         if status == stop.STOPPED and node.index == 0:
             print("\nstopped after a whole step; the same command continues the run", file=sys.stderr, flush=True)
@@ -72,6 +89,7 @@ def launch(arguments: list[str], config: Config, node: Node, world_size: int, ne
         return 128 + interrupted.number
     finally:
         process.stop([*ranks, *servers])
+        lock.close()
 
 
 def _handle_signals(ranks: list[process.Child], gently: bool) -> None:
@@ -110,11 +128,14 @@ def _start_rank(
     arguments: list[str],
     addresses: list[str],
     secret: str,
+    held: tuple[int, ...] = (),
 ) -> process.Child:
     local_size = world_size // node.count
     rank = node.index * local_size + local_rank
     environment = {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // local_size)),
+        # Servers that compute on the same cores would wait for threads that spin.
+        "OMP_WAIT_POLICY": "passive",
         # One queue: a layer's collective starts before the product that it runs beside takes all of the GPU.
         **({"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if torch.cuda.is_available() else {}),
         **node.environment(),
@@ -129,7 +150,35 @@ def _start_rank(
         SECRET: secret,
     }
     command = [sys.executable, "-m", "megatron_dgpo.cli", *arguments]
-    return process.start(f"rank {rank}", command, environment, node.logs / f"rank_{rank}.log", show_output=rank == 0)
+    log = node.logs / f"rank_{rank}.log"
+    environment["TORCHELASTIC_ERROR_FILE"] = str(process.error_file(log))
+    return process.start(f"rank {rank}", command, environment, log, show_output=rank == 0, kept=held)
+
+
+def reviver(config: Config) -> Callable[[process.Child], bool]:
+    """Starts a server that has ended anew, on its old address, unless it has been `servers.max_restarts` times within
+    an hour; tells the user, and whether it did. Any exit status is an end: a server whose engine died has 0.
+    """
+    # One that sleeps would find its GPUs' memory taken by the trainer, and not start.
+    most = 0 if config.servers.sleep else config.servers.max_restarts
+    restarts: dict[str, list[float]] = defaultdict(list)
+
+    def revived(server: process.Child) -> bool:
+        now, ending = time.monotonic(), server.ending()
+        recent = [at for at in restarts[server.name] if now - at < _HOUR_S]
+        if len(recent) >= most:
+            return False
+        process.restart(server)
+        restarts[server.name] = [*recent, now]
+        print(
+            f"\n{server.name} ended ({ending}) and is started anew, {len(recent) + 1} of {most} times an hour "
+            f"(servers.max_restarts); its whole output: {server.log}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return True
+
+    return revived
 
 
 def _report(failed: process.Child, servers: list[process.Child], node: Node) -> None:
@@ -137,13 +186,16 @@ def _report(failed: process.Child, servers: list[process.Child], node: Node) -> 
 
     Of a job's nodes only the first to fail shows its output; what follows elsewhere is named.
     """
-    in_full = node.is_first_failure()
     time.sleep(1)
-    for child in {id(c): c for c in [failed, *servers] if c.process.poll() is not None}.values():
-        status = child.process.returncode
-        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+    told = [file.stat().st_mtime for file in node.logs.glob(f"*{failed.error_file.suffix}")]
+    first = failed.silent_since <= min(told, default=math.inf)
+    in_full = not node.in_job or (first and node.is_first_failure())
+    ended = [server for server in servers if server is not failed and server.process.poll() is not None]
+    for child in [failed, *ended]:
         shown = f"\n{child.failure()}\n\n" if in_full else "after the job's first failure, "
-        print(f"{shown}{child.name} ended ({how}); its whole output: {child.log}", file=sys.stderr, flush=True)
+        print(
+            f"{shown}{child.name} ended ({child.ending()}); its whole output: {child.log}", file=sys.stderr, flush=True
+        )
 
 
 def trainer_size(config: Config, node: Node) -> int:
@@ -174,12 +226,14 @@ def serve(config: Config, host: str, port: int) -> int:
     """Become one vLLM server, as training expects it, for `servers.addresses` of another command."""
     server.secret()
     stop.unblock()
+    # Whoever starts several divides the machine.
+    config = config.model_copy(update={"servers": config.servers.model_copy(update={"count": 1})})
     command = server.command(config, port, host)
     os.execve(command[0], command, {**os.environ, **server.environment(config, 0, alone=True)})
 
 
 def serve_node(config: Config, node: Node) -> int:
-    """Run `servers.count` servers on this rollout node of a job until SIGINT; ends all when any one ends."""
+    """Run `servers.count` servers on this rollout node of a job until SIGINT; ends all when one ends for good."""
     for number in _AT_ONCE:
         signal.signal(number, _interrupt)
     # The stop signals are not for servers, which the trainer needs until its last step is done.
@@ -189,7 +243,7 @@ def serve_node(config: Config, node: Node) -> int:
         first = node.index * config.servers.count
         servers, addresses = server.start(config, server.secret(), node.logs, node, first)
         node.publish(f"servers_{node.index}", addresses)
-        if failed := process.supervise([], servers):
+        if failed := process.supervise([], servers, revived=reviver(config)):
             _report(failed, servers, node)
         return 1
     except _Interrupted:

@@ -15,14 +15,14 @@ _VLLM_VOCAB_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class Layout:
-    """The trainer's ranks. Megatron numbers them tensor parallel fastest, then data, then pipeline.
+    """The trainer's ranks. Megatron numbers them tensor parallel fastest, then context, data and pipeline.
 
     Example, two replicas of a model on four ranks each:
 
     >>> layout = Layout(tensor=2, pipeline=2, data=2)
     >>> layout.model_size, layout.stage_size, layout.world_size
     (4, 4, 8)
-    >>> layout.rank(tensor=1, pipeline=1, data=0), layout.coordinates(5)
+    >>> layout.rank(tensor=1, pipeline=1, copy=0), layout.coordinates(5)
     (5, (1, 1, 0))
     """
 
@@ -35,14 +35,21 @@ class Layout:
     expert: int = 1
     """Neighbouring ranks of a pipeline stage that share its layers' experts."""
     sequence: bool = False
+    context: int = 1
+    """Ranks that share each sequence's tokens; all of them hold the same weights."""
 
     @classmethod
     def from_config(cls, parallel: Parallel, world_size: int | None = None) -> Layout:
         """Of `world_size` ranks; None: of as many replicas as the settings have, or one."""
-        model = parallel.tensor * parallel.pipeline
-        data = (parallel.data or 1) if world_size is None else world_size // model
+        model = parallel.tensor * parallel.context * parallel.pipeline
         return cls(
-            parallel.tensor, parallel.pipeline, data, parallel.chunks_per_stage, parallel.expert, parallel.sequence
+            parallel.tensor,
+            parallel.pipeline,
+            (parallel.data or 1) if world_size is None else world_size // model,
+            parallel.chunks_per_stage,
+            parallel.expert,
+            parallel.sequence,
+            parallel.context,
         )
 
     def settings(self) -> dict[str, int | bool]:
@@ -50,6 +57,7 @@ class Layout:
         return {
             "tensor": self.tensor,
             "pipeline": self.pipeline,
+            "context": self.context,
             "chunks_per_stage": self.chunks,
             "data": self.data,
             "expert": self.expert,
@@ -59,12 +67,17 @@ class Layout:
     @property
     def model_size(self) -> int:
         """Ranks of one replica."""
-        return self.tensor * self.pipeline
+        return self.tensor * self.context * self.pipeline
+
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same weights, those of experts aside: of all replicas, and of each the context's."""
+        return self.context * self.data
 
     @property
     def stage_size(self) -> int:
         """Ranks of one pipeline stage, all replicas together."""
-        return self.tensor * self.data
+        return self.tensor * self.copies
 
     @property
     def world_size(self) -> int:
@@ -75,12 +88,18 @@ class Layout:
         """Model chunks of all stages."""
         return self.pipeline * self.chunks
 
-    def rank(self, tensor: int, pipeline: int, data: int) -> int:
-        return tensor + self.tensor * (data + self.data * pipeline)
+    @property
+    def micro_batches_multiple(self) -> int:
+        """What the micro-batches of a call are a multiple of: an interleaved pipeline takes them in rounds."""
+        return self.pipeline if self.chunks > 1 else 1
+
+    def rank(self, tensor: int, pipeline: int, copy: int) -> int:
+        """copy: which of the `copies`, numbered context parallel fastest."""
+        return tensor + self.tensor * (copy + self.copies * pipeline)
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
-        """(tensor, pipeline, data) of a rank."""
-        return rank % self.tensor, rank // self.stage_size, rank // self.tensor % self.data
+        """(tensor, pipeline, copy) of a rank."""
+        return rank % self.tensor, rank // self.stage_size, rank // self.tensor % self.copies
 
     def ranks_of_stage(self, stage: int) -> range:
         return range(stage * self.stage_size, (stage + 1) * self.stage_size)

@@ -17,7 +17,7 @@ from megatron_dgpo.weights.architectures import Architecture
 
 PROCESSES_PER_CORE = 16
 """More ranks and servers' workers than that, each a Python process with PyTorch, a CPU only swaps."""
-_RANKS = "parallel.tensor × pipeline × data"
+_RANKS = "parallel.tensor × context × pipeline × data"
 _WORKERS = "servers.count × servers.tensor"
 
 
@@ -38,6 +38,7 @@ def of_world(parallel: Parallel, world_size: int) -> Iterator[str]:
     """Ranks that are no whole number of replicas, or not as many as asked for."""
     layout = Layout.from_config(parallel)
     sizes = f"parallel.tensor={layout.tensor} × parallel.pipeline={layout.pipeline}"
+    sizes += f" × parallel.context={layout.context}" if layout.context > 1 else ""
     if parallel.data is not None and layout.world_size != world_size:
         yield (
             f"{sizes} × parallel.data={parallel.data} = {layout.world_size} ranks, but {world_size} were started; "
@@ -78,8 +79,8 @@ def _of_mixture(architecture: Architecture, layout: Layout, name: object) -> Ite
     yield from _undivided("parallel.expert", layout.expert, {"number of experts": architecture.num_experts}, name)
     if layout.stage_size % layout.expert:
         yield (
-            f"parallel.expert={layout.expert} does not divide parallel.tensor × data = {layout.stage_size}, the ranks "
-            "of a pipeline stage"
+            f"parallel.expert={layout.expert} does not divide parallel.tensor × context × data = {layout.stage_size}, "
+            "the ranks of a pipeline stage"
         )
     if layout.tensor > 1 and not layout.sequence:
         yield "a mixture of experts with parallel.tensor above 1 needs parallel.sequence=true; set it"
@@ -94,30 +95,14 @@ def _undivided(setting: str, size: int, counts: dict[str, int], name: object) ->
             yield f"{setting}={size} does not divide {what}={count} of {name}; use {legal}"
 
 
-def of_step(layout: Layout, prompts: int, group: int, minibatches: int, micro_batch: int) -> Iterator[str]:
-    """A training step's responses that replicas, minibatches and micro-batches do not share evenly."""
+def of_step(layout: Layout, prompts: int, group: int, minibatches: int) -> Iterator[str]:
+    """A training step's prompts that replicas do not share evenly, or its responses that optimizer steps do not."""
     if prompts % layout.data:
         yield f"rollout.prompts_per_step={prompts} is not a multiple of the {layout.data} data-parallel replicas"
-    rows = prompts // layout.data * group
-    if rows % minibatches:
+    if prompts * group % minibatches:
         yield (
-            f"batch.minibatches={minibatches} does not divide the {rows} responses of a replica (prompts_per_step × "
-            "group_size / replicas)"
-        )
-    name = "rollout.prompts_per_step × group_size / replicas / minibatches"
-    yield from of_rows(layout, name, rows, minibatches, micro_batch)
-
-
-def of_rows(layout: Layout, name: str, rows: int, parts: int, micro_batch: int) -> Iterator[str]:
-    """Each of `parts` equal parts of the rows is whole micro-batches and, interleaved, whole rounds of them. name: of
-    a part."""
-    part, rest = divmod(rows, parts)
-    if rest or part == 0 or part % micro_batch:
-        yield f"{name} = {part} is not a multiple of batch.micro_batch_size={micro_batch}; choose a divisor of it"
-    if layout.chunks > 1 and part // micro_batch % layout.pipeline:
-        yield (
-            f"an interleaved pipeline needs a multiple of parallel.pipeline={layout.pipeline} micro-batches, "
-            f"and {name} gives {part // micro_batch}; change batch.micro_batch_size"
+            f"batch.minibatches={minibatches} does not divide the {prompts * group} responses of a step "
+            "(rollout.prompts_per_step × group_size)"
         )
 
 
@@ -204,7 +189,7 @@ def of_trainer_nodes(parallel: Parallel, gpus: int) -> Iterator[str]:
     if layout.world_size > gpus:
         yield f"{_RANKS} = {layout.world_size} ranks, and the nodes have {gpus} GPUs"
     if parallel.data is None and gpus % layout.model_size:
-        yield f"parallel.tensor × pipeline = {layout.model_size} does not divide the nodes' {gpus} GPUs"
+        yield f"parallel.tensor × context × pipeline = {layout.model_size} does not divide the nodes' {gpus} GPUs"
 
 
 def of_rollout_node(server: ServerLayout, gpus: int) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt
 
 from megatron_dgpo.config import Config
-from megatron_dgpo.errors import UsageError
+from megatron_dgpo.errors import UsageError, shown
 from megatron_dgpo.json_file import Content, checked, read_object
 from megatron_dgpo.weights.architectures import Architecture
 
@@ -22,6 +22,7 @@ MANIFEST = "manifest.json"
 # one projection was (2 % of the bytes) escape 1,024 pieces once in 10^9 times.
 _HEAD_BYTES = 64 * 1024
 _PIECES, _PIECE_BYTES = 1024, 4096
+_MOST_DIFFERENCES = 4  # that an error names: of another family nearly everything differs
 
 Origins = dict[str, list[str]]
 """{setting: [its path, fingerprint]} of the weights that a run began with and, where it has one, of its reference."""
@@ -49,6 +50,12 @@ def newest(folder: Path) -> Path | None:
         if manifest and not wrong_sizes(candidate, manifest):
             return candidate
     return None
+
+
+def oldest_progress(folder: Path) -> Progress | None:
+    """Of the checkpoints in a folder with a readable manifest."""
+    manifests = filter(None, map(read_manifest, reversed(candidates(folder))))
+    return next((Progress(**manifest["progress"]) for manifest in manifests), None)
 
 
 def read_manifest(path: Path) -> dict | None:
@@ -87,13 +94,14 @@ def check_architecture(path: Path, manifest: dict, architecture: Architecture) -
     ours = json.loads(json.dumps(dataclasses.asdict(architecture)))
     theirs = manifest["architecture"]
     different = [
-        f"{name} is {theirs.get(name)} there and {ours.get(name)} in model.path"
+        f"{shown(name, plain=True)} is {shown(theirs.get(name))} there and {shown(ours.get(name))} in model.path"
         for name in sorted(ours.keys() | theirs.keys())
         if ours.get(name) != theirs.get(name)
     ]
     if different:
+        more = f"; and {len(different) - _MOST_DIFFERENCES} more" if len(different) > _MOST_DIFFERENCES else ""
         raise UsageError(
-            f"{path} is a checkpoint of another model: {'; '.join(different)}. "
+            f"{path} is a checkpoint of another model: {'; '.join(different[:_MOST_DIFFERENCES])}{more}. "
             "Choose another run.dir, or the model.path that this run was started with"
         )
 
@@ -121,7 +129,7 @@ def origins(config: Config, command: str) -> Origins:
     """command: "train" or "sft", which has no reference."""
     model = config.model
     paths = {"model.path": model.path}
-    if command == "train" and config.algorithm.credit != "uniform":
+    if command == "train" and config.needs_reference:
         paths["model.reference"] = model.reference or model.path
     found = {path: fingerprint(path) for path in set(paths.values())}
     return {setting: [str(path), found[path]] for setting, path in paths.items()}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_dgpo.json_file import replace_text
 from megatron_dgpo.progress import Progress
 
 
@@ -30,6 +30,8 @@ class MetricsLog:
         self._step_start = time.monotonic()
         self._writer: SummaryWriter | None = None
         self._progress: Progress | None = None
+        self._row: dict = {}
+        """Of the step that was written last."""
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -51,9 +53,7 @@ class MetricsLog:
         first = done + 1 if done else 0
         kept = [row for row in read_metrics(self._file) if row["step"] < first]
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self._file.with_suffix(".tmp")
-        fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(fresh, self._file)
+        replace_text(self._file, "".join(json.dumps(row) + "\n" for row in kept))
         self._writer = SummaryWriter(self._events, purge_step=first)
         self._progress = Progress(self._name, done, total)
         self._step_start = time.monotonic()
@@ -85,10 +85,28 @@ class MetricsLog:
         row = {"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
         with self._file.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
+        self._row = row
+        self._draw(step, values)
+        self._progress.show({"step": step, **values})
+
+    def saved(self) -> None:
+        """A checkpoint, and whatever else was a phase since the last `write`, is of that step, beside its
+        `time/step_s`."""
+        times = {f"time/{name}_s": value for name, value in self._phases.items()}
+        self._phases, self._step_start = {}, time.monotonic()
+        if not self._progress:
+            return
+        before = self._file.read_text().splitlines(keepends=True)[:-1]
+        self._row |= times
+        replace_text(self._file, "".join(before) + json.dumps(self._row) + "\n")
+        self._draw(self._row["step"], times)
+        self._progress.amend(times)
+
+    def _draw(self, step: int, values: dict[str, float]) -> None:
+        assert self._writer
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
-        self._progress.show({"step": step, **values})
 
     def warn(self, text: str) -> None:
         """Tell the user at once."""

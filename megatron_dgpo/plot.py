@@ -18,7 +18,7 @@ _PANELS = (
     ("reward", (("rollout/reward", _BLUE, ""),)),
     ("accuracy", (("rollout/accuracy", _BLUE, "sampled in training"), ("eval/accuracy", _ORANGE, "held out"))),
     ("entropy of the policy (nats)", (("policy/entropy", _BLUE, ""),)),
-    ("mean H² to the reference", (("policy/hellinger2", _BLUE, ""),)),
+    ("mean deviation from the reference", (("policy/deviation", _BLUE, ""),)),
     ("effective share of tokens", (("credit/effective_share", _BLUE, ""),)),
     ("response length (tokens)", (("rollout/response_length", _BLUE, ""),)),
 )

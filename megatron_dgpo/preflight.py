@@ -46,6 +46,7 @@ def check(
         load_solutions(config, tokenizer)
     else:
         _check_rollouts(config)
+        _check_shaping(config)
         _check_evaluation(config)
         _check_rewards(config, command, tokenizer)
     if command == "train":
@@ -88,14 +89,12 @@ def _check_model(config: Config) -> Architecture:
 
 def check_layout(command: str, config: Config, architecture: Architecture, layout: Layout) -> None:
     """Raise UsageError for the first size, of the ranks or a server, that `command` could not work with."""
-    rollout, rows = config.rollout, config.batch
     legality.check(legality.of_model(architecture, layout, config.model.path))
     if command == "sft":
-        size = config.sft.batch_size
-        legality.check(legality.of_rows(layout, "sft.batch_size", size, layout.data, rows.micro_batch_size))
         return
     if command == "train":
-        step = rollout.prompts_per_step, rollout.group_size, rows.minibatches, rows.micro_batch_size
+        rollout = config.rollout
+        step = rollout.prompts_per_step, rollout.group_size, config.batch.minibatches
         legality.check(legality.of_step(layout, *step))
     legality.check(legality.of_server(architecture, ServerLayout.from_config(config.servers)))
 
@@ -140,6 +139,8 @@ def _check_rollouts(config: Config) -> None:
         )
     if servers.expert_parallel and not torch.cuda.is_available():
         raise UsageError("servers.expert_parallel=true: vLLM's experts on a CPU cannot do that; set it to false")
+    if rollout.max_staleness:
+        _check_staleness(config)
     if rollout.replay and not rollout.replay.is_dir():
         raise UsageError(f"rollout.replay={rollout.replay} is not a folder of recorded responses")
     if servers.sleep and torch.cuda.is_available() and server.transport(config) != "ipc":
@@ -151,10 +152,43 @@ def _check_rollouts(config: Config) -> None:
     if needed is not None and needed != torch.cuda.is_available():
         where = "GPUs, and there are none here" if needed else "the CPU, and here are GPUs"
         raise UsageError(f"weight_sync.transport={transport} is for {where}; use auto")
+    count = len(servers.addresses) or servers.count
+    if servers.min_serving > count:
+        raise UsageError(
+            f"servers.min_serving={servers.min_serving} is more than the {count} servers; use {count} or fewer"
+        )
     for address in servers.addresses:
         _check_address(config, address)
     if len(set(servers.addresses)) < len(servers.addresses):
         raise UsageError("servers.addresses names a server twice")
+
+
+def _check_shaping(config: Config) -> None:
+    buffer, limit = config.reward.overlong_buffer_tokens, config.rollout.max_response_tokens
+    if buffer and buffer > limit:
+        raise UsageError(
+            f"reward.overlong_buffer_tokens={buffer} is more than rollout.max_response_tokens={limit}, its end: every "
+            "response would be punished"
+        )
+
+
+def _check_staleness(config: Config) -> None:
+    staleness = config.rollout.max_staleness
+    if config.servers.sleep:
+        raise UsageError(
+            f"rollout.max_staleness={staleness} lets servers sample while the policy trains, which with "
+            "servers.sleep=true has their GPUs then; set one of them to 0 or false"
+        )
+    if config.rollout.replay:
+        raise UsageError(
+            f"rollout.max_staleness={staleness} with rollout.replay, whose responses are trained on as they are; set "
+            "it to 0"
+        )
+    if staleness >= config.run.steps:
+        raise UsageError(
+            f"rollout.max_staleness={staleness} lets all of run.steps={config.run.steps} steps train on what the first "
+            "policy sampled; 1 to 4 is usual"
+        )
 
 
 def _check_address(config: Config, address: str) -> None:

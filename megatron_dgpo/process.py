@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
+import math
 import os
 import re
 import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 _LAST_LINES = 25
 _POLL_S = 0.05
 _SUPERVISE_S = 0.2
+# A culprit has said what it died of before it has ended: how long it may take for that, and may hang in it.
+_ENDING_S, _HANGING_S = 5, 60
+# A killed process is gone when the kernel has freed what it held, a GPU's memory perhaps.
+_KILLED_S = 10
 
 # Reads the children's process groups, and their temporary folder, until its parent is gone, then ends what is left of
 # them: first by asking, so that their resource trackers unlink shared memory. (By SIGINT: they may have SIGTERM
@@ -34,6 +41,11 @@ if [ "$left" ]; then sleep 5; for group in $left; do end KILL; done; fi
 _ERROR = re.compile(r"(^|\s)([\w.]*(Error|Exception|Interrupt)(: .+|$))")
 
 
+def error_file(log: Path) -> Path:
+    """Where a rank tells what it ends of, before any other rank can notice: see `session.world`."""
+    return log.with_suffix(".error")
+
+
 @dataclass
 class Child:
     """A process in a session of its own: Ctrl-C reaches only the parent, which then ends it in order."""
@@ -41,15 +53,38 @@ class Child:
     name: str
     process: subprocess.Popen
     log: Path
+    command: list[str]
+    env: dict[str, str]
+
+    @property
+    def error_file(self) -> Path:
+        return error_file(self.log)
+
+    @property
+    def silent_since(self) -> float:
+        """When it failed, by the clock of the logs' file system, which all nodes share."""
+        try:
+            return self.error_file.stat().st_mtime
+        except OSError:
+            return self.log.stat().st_mtime
+
+    def ending(self) -> str:
+        """How it ended."""
+        status = self.process.returncode
+        if status is None:
+            return "it has failed and does not end"
+        return signal.Signals(-status).name if status < 0 else f"exit status {status}"
 
     def failure(self) -> str:
-        """The first error in its log, which causes the others, and the last lines."""
+        """The last lines of its log, and the error that it told, or the first one there, which causes the others."""
         try:
             lines = self.log.read_text(errors="replace").splitlines()
         except OSError:
             return ""
         last = "\n".join(lines[-_LAST_LINES:])
         first = next((m[2] for line in lines if "WARNING" not in line and (m := _ERROR.search(line))), None)
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            first = json.loads(self.error_file.read_text())["message"]["message"]
         return last if first is None else f"{last}\n\n{self.name}, first error: {first}"
 
 
@@ -74,14 +109,40 @@ def _tell_guardian(line: str) -> None:
     pipe.flush()
 
 
-def start(name: str, command: list[str], env: dict[str, str], log: Path, show_output: bool = False) -> Child:
-    """Start a child whose output goes to `log`; with `show_output` only its errors do.
+def start(
+    name: str,
+    command: list[str],
+    env: dict[str, str],
+    log: Path,
+    show_output: bool = False,
+    kept: tuple[int, ...] = (),
+) -> Child:
+    """Start a child whose output goes to `log`; with `show_output` only its errors do. kept: descriptors it inherits.
 
     However this process ends, by `kill -9` too, the child and its own children are gone within seconds, and so is the
     folder of their temporary files.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as file:
+    log.write_bytes(b"")
+    error_file(log).unlink(missing_ok=True)
+    return Child(name, _started(command, env, log, show_output, kept), log, command, env)
+
+
+def restart(child: Child) -> None:
+    """Start one that has ended, and showed no output, anew, in the same place and with the same log, which goes on.
+
+    What is left of its process group is killed first: an engine of vLLM's outlives its server.
+    """
+    deadline = time.monotonic() + _KILLED_S
+    while _signal_group(child, signal.SIGKILL) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    child.process = _started(child.command, child.env, child.log)
+
+
+def _started(
+    command: list[str], env: dict[str, str], log: Path, show_output: bool = False, kept: tuple[int, ...] = ()
+) -> subprocess.Popen:
+    with log.open("ab") as file:
         process = subprocess.Popen(
             command,
             env=env | {"TMPDIR": _temporary_folder().name},
@@ -89,9 +150,10 @@ def start(name: str, command: list[str], env: dict[str, str], log: Path, show_ou
             stdout=None if show_output else file,
             stderr=file,
             start_new_session=True,
+            pass_fds=kept,
         )
     _tell_guardian(str(process.pid))
-    return Child(name, process, log)
+    return process
 
 
 def stop(children: Iterable[Child], grace_s: float = 10) -> None:
@@ -118,18 +180,30 @@ def _signal_group(child: Child, number: int) -> bool:
     return True
 
 
-def supervise(workers: list[Child], servers: list[Child], good: tuple[int, ...] = (0,)) -> Child | None:
-    """Wait until every worker has ended well (None), or until any worker fails or any server ends (that child).
+def supervise(
+    workers: list[Child],
+    servers: list[Child],
+    good: tuple[int, ...] = (0,),
+    revived: Callable[[Child], bool] = lambda server: False,
+) -> Child | None:
+    """Wait until every worker has ended well (None), or until any worker fails or a server ends for good (that child).
 
-    Without workers: until a server ends. Of several that failed at once, the first to fall silent: its peers wrote
-    their tracebacks after it. good: exit statuses of a worker that has ended well.
+    Without workers: until a server does. Of several that failed, the first to say so or to fall silent, though it may
+    end after its peers, whose connections it closed, or hang in its end. good: exit statuses of a worker that has ended
+    well. revived: whether a server that has ended, however, runs again.
     """
+    heard = math.inf
     while True:
-        if failed := [child for child in workers if child.process.poll() not in (None, *good)]:
-            return min(failed, key=lambda child: child.log.stat().st_mtime)
-        if workers and all(child.process.returncode is not None for child in workers):
+        failed = [child for child in workers if child.process.poll() not in (None, *good)]
+        told = [child for child in workers if child.error_file.exists()]
+        if not failed and workers and all(child.process.returncode is not None for child in workers):
             return None
-        for child in servers:
-            if child.process.poll() is not None:
-                return child
+        heard = min(heard, time.monotonic()) if told else math.inf
+        if not failed:
+            failed = [child for child in servers if child.process.poll() is not None and not revived(child)]
+        if failed or time.monotonic() > heard + _HANGING_S:
+            first = min([*failed, *told], key=lambda child: child.silent_since)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                first.process.wait(_ENDING_S)
+            return first
         time.sleep(_SUPERVISE_S)

@@ -17,7 +17,7 @@ _SHOWN = (
     ("eval/accuracy", "held out", "{:.3f}"),
     ("policy/loss", "loss", "{:.4f}"),
     ("policy/entropy", "entropy", "{:.3f}"),
-    ("policy/hellinger2", "H²", "{:.4f}"),
+    ("policy/deviation", "deviation", "{:.4f}"),
     ("credit/effective_share", "eff. share", "{:.3f}"),
     ("time/tokens_per_s", "tokens/s", "{:,.0f}"),
     ("time/step_s", "seconds", "{:.1f}"),
@@ -55,6 +55,12 @@ class Progress:
             shown = [f"{label} {form.format(row[metric])}" for metric, label, form in _SHOWN if metric in row]
             line = ", ".join([*shown, *_phases(row), self._left()])
             print(f"{self._name} {self._done}/{self._total}: {line}", flush=True)
+
+    def amend(self, seconds: dict[str, float]) -> None:
+        """Phases of the step that was shown last, after it was."""
+        self._rows = [*self._rows[:-1], self._rows[-1] | seconds]
+        if not self._live:
+            print(f"{self._name} {self._done}/{self._total}: {', '.join(_phases(seconds))}", flush=True)
 
     def warn(self, text: str) -> None:
         self._console.print(Text(f"warning: {text}", "yellow"), soft_wrap=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dgpo import legality
-from megatron_dgpo.config import Config
+from megatron_dgpo.config import Config, is_file_of_settings
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.layout import Layout, ServerLayout
 
@@ -54,7 +54,8 @@ def write(config: Config, file: Path, overrides: list[str], size: Size, time: st
     if mixed:
         # A component takes nothing over from the one before it.
         lines += ["#SBATCH hetjob", *_directives(header, settings | _component(size))]
-    command = shlex.join([str(file.resolve()), *overrides])
+    files = [str(Path(text).resolve()) if is_file_of_settings(text) else text for text in overrides]
+    command = shlex.join([str(file.resolve()), *files])
     python = f"[[ -n ${{CONTAINER:-}} ]] || PYTHON=${{PYTHON:-{shlex.quote(sys.executable)}}}\n"
     split = "" if shared or mixed else f"ROLLOUT_NODES={size.rollout_nodes}\n"
     script = (_ROOT / "slurm" / "job.sh").read_text()

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from megatron_dgpo import checkpoint
-from megatron_dgpo.batch import Batch
-from megatron_dgpo.config import Config
-from megatron_dgpo.manifest import Origins, Progress, origins
+from megatron_dgpo.balance import sequence_cost, share_out
+from megatron_dgpo.config import Config, config_text
+from megatron_dgpo.json_file import replace_text
+from megatron_dgpo.manifest import Origins, Progress, oldest_progress, origins
 from megatron_dgpo.metrics import MetricsLog
+from megatron_dgpo.micro_batch import MicroBatch, TrainingSequence
 from megatron_dgpo.model import device
 from megatron_dgpo.model.collectives import from_rank_0
 from megatron_dgpo.model.parallel import initialize_parallel
@@ -42,6 +45,11 @@ def world(config: Config) -> Iterator[None]:
     dist.init_process_group(device.backend(), timeout=patience(config))
     try:
         yield
+    except Exception as error:
+        # Before the others' connections break, so that whoever started them can tell the culprit from its victims.
+        with contextlib.suppress(OSError):
+            get_error_handler().record_exception(error)
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -65,6 +73,9 @@ class Session(contextlib.ExitStack):
         self.policy = Policy(config, self.architecture, optimizer_steps)
         self.policy.load(config.model.path)
         self.log = self.enter_context(MetricsLog(config.run.dir, command, visible=dist.get_rank() == 0))
+        if command != "eval" and dist.get_rank() == 0:
+            config.run.dir.mkdir(parents=True, exist_ok=True)
+            replace_text(config.run.dir / "config.yaml", config_text(config))
         self._checkpoints = config.run.dir / "checkpoints"
         self._skipped_in_a_row = 0
 
@@ -79,9 +90,11 @@ class Session(contextlib.ExitStack):
         found = checkpoint.load_newest(self._checkpoints, self.policy, self.architecture, self._origins)
         return found or Progress()
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: Progress) -> Progress:
+        """Returns where the oldest checkpoint that is kept stands."""
         keep = self.config.checkpoint.keep
         checkpoint.save(self._checkpoints, self.policy, self.architecture, progress, keep, self._origins)
+        return from_rank_0(lambda: oldest_progress(self._checkpoints) or progress)
 
     def export(self) -> Path:
         """Write the policy as a Hugging Face directory, `run.dir/hf`."""
@@ -92,13 +105,13 @@ class Session(contextlib.ExitStack):
 
     # Steps
 
-    def make_batch(self, prompts, responses, advantages=None, logprobs=None) -> Batch:
-        """Padded so that sequence parallelism can split it, on this rank's device."""
-        return Batch.from_sequences(
-            prompts, responses, advantages, logprobs, multiple_of=self.config.parallel.tensor
-        ).to(torch.cuda.current_device())
+    def shares(self, sequences: list[TrainingSequence]) -> list[list[list[TrainingSequence]]]:
+        """[replica][micro-batch][sequence] of one optimizer step on them. Collectives: none."""
+        layout, cost = self.policy.layout, sequence_cost(self.architecture)
+        budget = self.config.batch.micro_batch_tokens * layout.context
+        return share_out(sequences, cost, layout.data, budget, layout.micro_batches_multiple)
 
-    def step(self, batches: list[Batch], loss: LossFunction, more: bool = False) -> StepResult:
+    def step(self, batches: list[MicroBatch], loss: LossFunction, more: bool = False) -> StepResult:
         """Policy.step; tells the user of a skipped one, and raises TrainingStopped when too many follow each other."""
         result = self.policy.step(batches, loss, more)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if result.skipped else 0

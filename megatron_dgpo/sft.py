@@ -8,6 +8,7 @@ from megatron_dgpo import stop
 from megatron_dgpo.config import Config
 from megatron_dgpo.data import PromptOrder, load_solutions, load_tokenizer
 from megatron_dgpo.manifest import Progress
+from megatron_dgpo.model.packed import pack_micro_batches
 from megatron_dgpo.model.parallel import replica, tensor_group
 from megatron_dgpo.model.policy import LossFunction
 from megatron_dgpo.session import Session, world
@@ -28,9 +29,9 @@ def sft(config: Config) -> bool:
         stopped = stop.asked()
         while progress.step < config.sft.steps and not stopped:
             with session.log.phase("policy"):
-                rows = [solutions[i] for i in order.take(progress.prompts, config.sft.batch_size, *replica())]
-                batch = session.make_batch([row.prompt_ids for row in rows], [row.response_ids for row in rows])
-                result = session.step(batch.split(config.batch.micro_batch_size), loss)
+                rows = order.take(progress.prompts, config.sft.batch_size)
+                mine = session.shares([solutions[row] for row in rows])[replica()[0]]
+                result = session.step(pack_micro_batches(mine, config.parallel), loss)
             progress = Progress(progress.step + 1, progress.prompts + config.sft.batch_size)
             metrics = {
                 "policy/loss": result.metrics["loss"] / result.metrics["tokens"],
@@ -46,6 +47,7 @@ def sft(config: Config) -> bool:
             if last or stopped or progress.step % config.checkpoint.every == 0:
                 with session.log.phase("checkpoint"):
                     session.save(progress)
+                session.log.saved()
         if not stopped:
             session.export()
         return not stopped

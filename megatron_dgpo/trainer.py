@@ -6,17 +6,31 @@ prompts -> responses (vLLM) -> rewards -> advantages -> reference -> policy upda
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import torch
 
 from megatron_dgpo import stop
-from megatron_dgpo.algorithm.advantages import group_advantages
+from megatron_dgpo.algorithm.advantages import group_advantages, over_step
 from megatron_dgpo.algorithm.objective import Objective
+from megatron_dgpo.algorithm.record import CreditRecord, file_of_credit
+from megatron_dgpo.algorithm.resolve import resolved_algorithm
+from megatron_dgpo.algorithm.shaping import shape_rewards
 from megatron_dgpo.config import Config
-from megatron_dgpo.data import PromptOrder, end_tokens, load_prompts, load_tokenizer
+from megatron_dgpo.data import end_tokens, load_prompts, load_tokenizer
 from megatron_dgpo.evaluation import evaluate
 from megatron_dgpo.manifest import Progress
-from megatron_dgpo.model.parallel import tensor_group
+from megatron_dgpo.micro_batch import MicroBatch, TrainingSequence
+from megatron_dgpo.model.collectives import all_gathered, from_leader
+from megatron_dgpo.model.packed import pack_micro_batches
+from megatron_dgpo.model.parallel import (
+    context_group,
+    context_place,
+    data_group,
+    replica,
+    tensor_group,
+    tensor_place,
+)
 from megatron_dgpo.model.reference import Reference
 from megatron_dgpo.rollout.client import Engines
 from megatron_dgpo.rollout.response import Response
@@ -36,82 +50,136 @@ def train(config: Config) -> bool:
         tokenizer = load_tokenizer(config.model.path)
         problems = load_prompts(config, config.data.train, "data.train", tokenizer)
         held_out = load_prompts(config, config.data.eval, "data.eval", tokenizer) if config.data.eval else []
-        engines = Engines.of_run(config, end_tokens(config.model.path, tokenizer))
+        ends = end_tokens(config.model.path, tokenizer)
+        engines = Engines.of_run(config, ends)
         sleep = ServerSleep(config, engines)
         sleep.begin()
         session = stack.enter_context(Session(config, "train", config.run.steps * config.batch.minibatches))
         log = session.log
-        rollouts = stack.enter_context(RolloutSource(config, engines, tokenizer))
         weight_sync = stack.enter_context(WeightSync(config, engines, sleep, session.policy, problems))
-        order = PromptOrder(len(problems), config.run.seed, config.data.shuffle)
-        reference = Reference(config, session.architecture) if config.algorithm.credit != "uniform" else None
+        rollouts = stack.enter_context(RolloutSource(config, ends, tokenizer, weight_sync, problems))
+        reference = Reference(config, session.architecture) if config.needs_reference else None
         objective = Objective(
             config,
             session.architecture.vocab_size,
             reference.head_weight if reference else None,
             tensor_group(),
+            context_group(),
+            CreditRecord(tensor_place()[0] == context_place()[0] == 0) if config.rollout.record else None,
         )
-        warnings = Warnings(log)
         progress = session.restore()
         log.start(progress.step, config.run.steps)
+        warnings = Warnings(log, config)
+        rollouts.begin(log.warn)
         weight_sync.push(progress.weight_version)
         if progress.step == 0:
-            log.write(0, evaluate(config, rollouts, held_out, 0))
+            log.write(0, evaluate(config, rollouts, held_out, progress))
         stopped = stop.asked()
         while progress.step < config.run.steps and not stopped:
             step, last = progress.step + 1, progress.step + 1 == config.run.steps
             with log.phase("rollout"):
-                rows = order.take(progress.prompts, config.rollout.prompts_per_step)
-                responses = rollouts.sample([problems[row] for row in rows], step)
+                taken = rollouts.take(progress)
                 sleep.begin()
-            metrics = update(session, objective, reference, responses)
+            metrics = update(session, objective, reference, taken.groups, step) | rollouts.metrics()
             warnings.look(metrics)
             with log.phase("weights"):
                 metrics |= weight_sync.push(step)
-            progress = Progress(step, progress.prompts + config.rollout.prompts_per_step, step)
+            progress = Progress(step, taken.next_position, step)
+            rollouts.proceed(progress)
             if last or (config.eval.every and step % config.eval.every == 0):
                 with log.phase("eval"):
-                    metrics |= evaluate(config, rollouts, held_out, step)
+                    metrics |= evaluate(config, rollouts, held_out, progress)
             # Written before the checkpoint: a kill between the two repeats the step, and its row is replaced.
             log.write(step, metrics)
             stopped = stop.asked() and not last
             if last or stopped or step % config.checkpoint.every == 0:
                 with log.phase("checkpoint"):
-                    session.save(progress)
+                    rollouts.forget(session.save(progress))
+                log.saved()
         if not stopped:
             session.export()
         return not stopped
 
 
 def update(
-    session: Session, objective: Objective, reference: Reference | None, responses: list[Response]
+    session: Session, objective: Objective, reference: Reference | None, groups: dict[int, list[Response]], step: int
 ) -> dict[str, float]:
-    """`batch.minibatches` optimizer steps on a step's responses; returns its metrics. Collective over all ranks.
+    """`batch.minibatches` optimizer steps on a step's groups; returns its metrics. Collective over all ranks.
 
-    The micro-batches hold the reference's states, gigabytes of them: they go when this returns.
+    The reference's states, gigabytes of them, are those of one minibatch at a time.
     """
     config, log = session.config, session.log
-    advantages = group_advantages(
+    algorithm = resolved_algorithm(config)
+    shares = shared_out(session, groups, step)
+    minibatches = [pack_micro_batches(micro_batches, config.parallel) for micro_batches in shares]
+    several = len(minibatches) > 1
+    # By the policy as it is before the first update, which then needs the reference, and none after it.
+    scored_before = several and algorithm.scored_by == "old"
+
+    def with_reference(micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        with log.phase("reference"):
+            return reference.attach(micro_batches) if reference else micro_batches
+
+    if scored_before or (several and algorithm.old_logprobs == "recomputed"):
+        # With one optimizer step the policy that sampled is the one that is updated: nothing to compute twice.
+        for number, micro_batches in enumerate(minibatches):
+            micro_batches = with_reference(micro_batches) if scored_before else micro_batches
+            with log.phase("policy"):
+                minibatches[number] = objective.freeze(session.policy.forward, micro_batches)
+    results = []
+    for number, micro_batches in enumerate(minibatches, 1):
+        micro_batches = micro_batches if scored_before else with_reference(micro_batches)
+        with log.phase("policy"):
+            results.append(session.step(micro_batches, objective, more=number < len(minibatches)))
+    if objective.record:
+        file = file_of_credit(config.run.dir / "rollouts", step, replica()[0])
+        objective.record.write(file, [sequence for share in shares for part in share for sequence in part])
+    return step_metrics([response for group in groups.values() for response in group], step, results)
+
+
+def shared_out(session: Session, groups: dict[int, list[Response]], step: int) -> list[list[list[TrainingSequence]]]:
+    """[optimizer step][micro-batch][sequence] of this replica: its leader's to give, from all replicas' groups.
+
+    An optimizer step's responses are the same whatever the number of replicas; who trains on which goes by length.
+    Collectives: one object all-gather over the leaders, one object broadcast over the replica.
+    """
+
+    def mine() -> list[list[list[TrainingSequence]]]:
+        own = {
+            position: training_sequences(session.config, position, group, step) for position, group in groups.items()
+        }
+        found = {position: group for share in all_gathered(own, data_group()) for position, group in share.items()}
+        sequences = [sequence for position in sorted(found) for sequence in found[position]]
+        if session.config.algorithm.advantage == "batch_std":
+            centred = torch.tensor([sequence.advantage for sequence in sequences])
+            advantages = over_step(centred, session.config.algorithm.advantage_eps).tolist()
+            sequences = [replace(s, advantage=a) for s, a in zip(sequences, advantages, strict=True)]
+        size = len(sequences) // session.config.batch.minibatches
+        parts = [sequences[first : first + size] for first in range(0, len(sequences), size)]
+        return [session.shares(part)[replica()[0]] for part in parts]
+
+    return from_leader(mine)
+
+
+def training_sequences(config: Config, position: int, responses: list[Response], step: int) -> list[TrainingSequence]:
+    """The responses of one group with their advantages, and whether they count."""
+    settings = config.algorithm
+    lengths = torch.tensor([len(r.token_ids) for r in responses])
+    rewards, counted = shape_rewards(
         torch.tensor([r.reward for r in responses], dtype=torch.float64),
-        config.rollout.group_size,
-        config.algorithm.advantage,
-        config.algorithm.advantage_eps,
+        lengths,
+        torch.tensor([r.finish_reason == "length" for r in responses]),
+        config.reward.overlong,
+        config.rollout.max_response_tokens,
+        config.reward.overlong_buffer_tokens,
     )
-    micro_batches = session.make_batch(
-        [r.prompt.token_ids for r in responses],
-        [r.token_ids for r in responses],
-        advantages.tolist(),
-        [r.logprobs for r in responses],
-    ).split(config.batch.micro_batch_size)
-    with log.phase("reference"):
-        micro_batches = reference.attach(micro_batches) if reference else micro_batches
-    with log.phase("policy"):
-        if config.batch.minibatches > 1:
-            # With one optimizer step the policy that sampled is the one that is updated: nothing to compute twice.
-            micro_batches = objective.freeze(session.policy.forward, micro_batches)
-        share = len(micro_batches) // config.batch.minibatches
-        results = [
-            session.step(micro_batches[first : first + share], objective, more=first + share < len(micro_batches))
-            for first in range(0, len(micro_batches), share)
-        ]
-    return step_metrics(responses, results)
+    advantages = group_advantages(
+        rewards, config.rollout.group_size, settings.advantage, settings.advantage_eps, lengths
+    )
+    rows = zip(responses, advantages.tolist(), counted.tolist(), strict=True)
+    return [
+        TrainingSequence.of(
+            r.prompt.token_ids, r.token_ids, advantage, r.logprobs, counts, r.lags(step - 1), (position, place)
+        )
+        for place, (r, advantage, counts) in enumerate(rows)
+    ]

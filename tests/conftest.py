@@ -25,12 +25,25 @@ _TEMPORARY = own_temporary_folder()
 
 # First, the longest at the head: a worker that begins one of these files last would be alone with it. They mostly wait,
 # for SLURM and for servers and ranks that start, while another worker computes.
-_LONG = ("slurm/test_jobs", "test_train", "test_resume", "rollout/test_shards", "statistics/test_vocab_parallel")
+_LONG = (
+    *("slurm/test_jobs", "test_train", "test_rollouts", "test_resume", "rollout/test_shards", "rollout/test_fleet"),
+    "statistics/test_vocab_parallel",
+)
 
 # What `make check` leaves out, by what it needs; all else takes two minutes.
 _TIERS = {
     "slurm": ("slurm/",),
-    "server": ("test_train", "test_examples", "rollout/test_shards", "rollout/test_server", "weights/test_convert"),
+    "server": (
+        *(
+            "test_train",
+            "test_rollouts",
+            "test_examples",
+            "rollout/test_shards",
+            "rollout/test_fleet",
+            "rollout/test_server",
+        ),
+        "weights/test_convert",
+    ),
     "slow": (
         *("test_resume", "test_oracle", "test_session", "test_check_gpu", "fuzz/", "model/"),
         *("statistics/", "planning/", "rollout/test_transfer", "weights/test_round_trip", "rewards/test_pool"),
@@ -51,7 +64,12 @@ def test_leaves_nothing(module_leaves_nothing):
         yield
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if "soak" not in config.option.markexpr:
+        soak = [item for item in items if item.get_closest_marker("soak")]
+        config.hook.pytest_deselected(items=soak)
+        items[:] = [item for item in items if item not in soak]
+
     def place(item) -> int:
         return next((i for i, name in enumerate(_LONG) if item.nodeid.startswith(f"tests/{name}.py")), len(_LONG))
 

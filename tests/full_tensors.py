@@ -17,7 +17,7 @@ def write_slices(
 
     All ranks together write every element exactly once: of several that hold the same one, the first.
     """
-    writes = parallel_state.get_data_parallel_rank() == 0
+    writes = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
     writes_experts = parallel_state.get_expert_data_parallel_rank() == 0
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()

@@ -10,10 +10,17 @@ LAYOUTS = {
     "pp2-interleaved": (2, dict(pipeline=2, chunks_per_stage=2)),
     "tp2-pp2": (4, dict(tensor=2, pipeline=2)),
     "dp2": (2, dict()),
+    "cp2": (2, dict(context=2)),
+    "cp4": (4, dict(context=4)),
+    "cp2-tp2-sp": (4, dict(context=2, tensor=2, sequence=True)),
+    "cp2-pp2": (4, dict(context=2, pipeline=2)),
+    "cp2-pp2-interleaved": (4, dict(context=2, pipeline=2, chunks_per_stage=2)),
+    "cp2-dp2": (4, dict(context=2)),
 }
 MIXTURE_LAYOUTS = {
     "tp1": (1, dict()),
     "ep2": (2, dict(expert=2)),
+    "cp2-ep2": (2, dict(context=2, expert=2)),
     "tp2": (2, dict(tensor=2, sequence=True)),
     "tp2-ep2": (2, dict(tensor=2, sequence=True, expert=2)),
     "pp2-ep2": (4, dict(pipeline=2, expert=2)),

@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from megatron_dgpo.cli import main
+from megatron_dgpo.config import load_config, setting_names
 from tools.tiny_models import make_tiny_model
 
 
@@ -184,7 +185,9 @@ def test_layouts_that_a_mixture_cannot_have(case, capsys):
     case.settings["model"]["path"] = str(make_tiny_model(case.folder / "mixture", "mixtral"))
     capsys.readouterr()
     case.fails(capsys, ["parallel.expert=3", "number of experts=8"], "parallel.expert=3", "parallel.data=3")
-    case.fails(capsys, ["parallel.expert=4", "parallel.tensor × data = 2"], "parallel.expert=4", "parallel.data=2")
+    case.fails(
+        capsys, ["parallel.expert=4", "parallel.tensor × context × data = 2"], "parallel.expert=4", "parallel.data=2"
+    )
     case.fails(capsys, ["parallel.sequence=true"], "parallel.tensor=2")
     case.fails(capsys, ["servers.expert_parallel=true", "CPU"], "servers.expert_parallel=true")
     case.edit_config(case.folder / "mixture", hidden_act="gelu")
@@ -233,8 +236,8 @@ def test_grader_that_cannot_be_imported(case, capsys):
     case.fails(capsys, ["no_such_module"], "reward.grader=no_such_module:f")
 
 
-def test_responses_do_not_fill_micro_batches(case, capsys):
-    case.fails(capsys, ["batch.micro_batch_size=3"], "batch.micro_batch_size=3")
+def test_responses_do_not_fill_minibatches(case, capsys):
+    case.fails(capsys, ["batch.minibatches=3"], "batch.minibatches=3")
 
 
 def test_server_on_another_machine_cannot_share_memory(case, capsys):
@@ -264,6 +267,19 @@ def test_addresses_of_servers(case, capsys):
     good = "'http://[::1]:8000', 'http://localhost', 'https://127.0.0.1:1'"
     case.fails(capsys, ["'http://a:b'", "such as"], f"servers.addresses=[{good}, 'http://a:b']")
     case.fails(capsys, ["names a server twice"], f"servers.addresses=[{good}, 'http://localhost']")
+    case.fails(capsys, ["servers.min_serving=4", "3 servers"], f"servers.addresses=[{good}]", "servers.min_serving=4")
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        (["servers.sleep=true"], ["rollout.max_staleness=2", "servers.sleep=true has their GPUs"]),
+        (["rollout.replay=/tmp"], ["rollout.max_staleness=2 with rollout.replay", "set it to 0"]),
+        (["run.steps=2"], ["rollout.max_staleness=2", "run.steps=2", "1 to 4 is usual"]),
+    ],
+)
+def test_staleness_that_cannot_be(case, capsys, overrides, expected):
+    case.fails(capsys, expected, "rollout.max_staleness=2", "run.steps=9", *overrides)
 
 
 def test_responses_of_an_evaluation_that_are_all_the_same(case, capsys):
@@ -345,3 +361,45 @@ def test_eval_without_a_checkpoint(case, capsys):
 
 def test_sft_without_data(case, capsys):
     case.fails(capsys, ["sft.data"], command="sft")
+
+
+# What needs no run
+
+
+def test_settings_are_listed_with_what_they_mean(capsys):
+    assert main(["settings", "algorithm"]) == 0
+    section = capsys.readouterr().out
+    assert "algorithm.tau = 0.5   [number, > 0]\n    Temperature of the softmax" in section
+    assert main(["settings"]) == 0
+    everything = capsys.readouterr().out
+    assert section in everything and all(f"{name} = " in everything for name in setting_names())
+    with pytest.raises(SystemExit):
+        main(["settings", "algoritm"])
+    assert "invalid choice: 'algoritm'" in capsys.readouterr().err
+
+
+def test_the_resolved_config_is_shown_and_nothing_starts(case, capsys, tmp_path):
+    config = case.folder / "config.yaml"
+    config.write_text(yaml.safe_dump(case.settings))
+    assert main(["train", str(config), "algorithm.tau=0.25", "--show-config"]) == 0
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(capsys.readouterr().out)
+    assert load_config(shown) == load_config(config, ["algorithm.tau=0.25"])
+    assert not (case.folder / "run").exists()
+
+
+def test_a_run_is_drawn(capsys, tmp_path):
+    assert main(["plot", str(tmp_path / "run")]) == 2
+    assert "run/metrics/train.jsonl: no such file; expected the run.dir" in capsys.readouterr().err
+    metrics = tmp_path / "run" / "metrics" / "train.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text("".join(json.dumps({"step": step, "rollout/reward": 0.1 * step}) + "\n" for step in range(5)))
+    assert main(["plot", str(tmp_path / "run")]) == 0
+    picture = Path(capsys.readouterr().out.strip())
+    assert picture == tmp_path / "run" / "plot.png" and picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_missing_is_named_alone(capsys):
+    with pytest.raises(SystemExit):
+        main(["train"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: config\n")

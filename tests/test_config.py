@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
-from megatron_dgpo.config import Config, load_config
+from megatron_dgpo.config import Config, config_text, load_config
 from megatron_dgpo.errors import UsageError, shown
 
 BASE = "model: {path: model}\ndata: {train: train.jsonl}\n"
@@ -78,6 +78,57 @@ def test_other_values_are_yaml(load):
     assert config.servers.addresses == ("http://a:1", "http://[::1]:2")
     assert config.parallel.data is None and config.model.reference is None and config.data.chat is True
     assert (config.optimizer.lr, config.run.steps) == (1e-5, 1000)
+
+
+def test_later_files_and_settings_win(load, tmp_path):
+    (tmp_path / "more").mkdir()
+    first, second = tmp_path / "more" / "first.yaml", tmp_path / "second.yml"
+    first.write_text("algorithm: {tau: 0.3, kappa: 2}\nrun: {dir: out}\nreward:\n")
+    second.write_text("algorithm: {tau: 0.4}")
+    config = load("run.steps=7", str(first), str(second), "algorithm.clip_low=0.1")
+    assert (config.algorithm.tau, config.algorithm.kappa, config.algorithm.clip_low) == (0.4, 2.0, 0.1)
+    # A file's paths are relative to it.
+    assert config.run.dir == tmp_path / "more" / "out" and config.run.steps == 7
+    assert load(str(second), "algorithm.tau=1", str(first)).algorithm.tau == 0.3
+    assert "no such config file" in refusal(load, str(tmp_path / "none.yaml"))
+    second.write_text("algorithm: 5")
+    assert "algorithm='5': expected a section" in refusal(load, str(second))
+    second.write_text("algorithn: {tau: 1}")
+    assert "unknown setting 'algorithn'" in refusal(load, str(second))
+
+
+def test_what_is_written_is_what_a_run_has(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load(
+        "run.dir=here",
+        "servers.addresses=[http://a:1]",
+        "optimizer.lr=1e-7",
+        "model.reference=null",
+        "data.template=null",
+        "data.prompt_field=1:30",
+        "reward.overlong=filter",
+        "data.chat=true",
+    )
+    written = tmp_path / "elsewhere" / "config.yaml"
+    written.parent.mkdir()
+    written.write_text(config_text(config))
+    absolute = {"dir": tmp_path / "here"}
+    expected = config.model_copy(update={"run": config.run.model_copy(update=absolute)})
+    assert load_config(written) == expected
+
+
+@pytest.mark.parametrize(
+    "overrides, needed",
+    [
+        ([], True),
+        (["algorithm.credit=uniform"], False),
+        (["algorithm.credit=future_kl"], False),
+        (["algorithm.credit=uniform", "algorithm.kl=k3"], True),
+        (["algorithm.credit=none", "algorithm.teacher=1"], True),
+    ],
+)
+def test_the_reference_is_loaded_if_a_term_asks_for_it(load, overrides, needed):
+    assert load(*overrides).needs_reference is needed
 
 
 def _numbers() -> list[str]:

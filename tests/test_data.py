@@ -78,9 +78,9 @@ def test_chat_template(jsonl, tokenizer):
 def test_solutions_end_with_the_end_token(jsonl, tokenizer):
     path = jsonl({"question": "1+1?", "response": "2"}, {"question": "2+2?", "response": "I say 4"})
     first, second = load_solutions(_config(path, data__template="{prompt} "), tokenizer)
-    assert tokenizer.decode(first.prompt_ids) == "1+1? "
-    assert tokenizer.decode(first.response_ids) == "2<eos>"
-    assert tokenizer.decode(second.response_ids) == "I say 4<eos>"
+    assert tokenizer.decode(first.prompt) == "1+1? "
+    assert tokenizer.decode(first.response) == "2<eos>"
+    assert tokenizer.decode(second.response) == "I say 4<eos>"
 
 
 @pytest.mark.parametrize(
@@ -233,16 +233,3 @@ def test_resuming_needs_only_the_number_of_prompts_used(consumed):
     for start in range(consumed % 8, consumed, 8):
         running.take(start, 8)
     assert running.take(consumed, 8) == PromptOrder(50, seed=5, shuffle=True).take(consumed, 8)
-
-
-@pytest.mark.parametrize("replicas", [1, 2, 3, 4, 6, 12])
-def test_replicas_share_a_step_whatever_their_number(replicas):
-    whole = PromptOrder(50, seed=5, shuffle=True).take(44, 12)
-    shares = [PromptOrder(50, seed=5, shuffle=True).take(44, 12, replica, replicas) for replica in range(replicas)]
-    assert [row for share in shares for row in share] == whole
-    assert {len(share) for share in shares} == {12 // replicas}
-
-
-def test_a_step_that_does_not_split_is_refused():
-    with pytest.raises(ValueError, match="12 prompts do not split evenly over 5 replicas"):
-        PromptOrder(50, seed=5, shuffle=True).take(0, 12, 0, 5)

@@ -8,9 +8,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/method.md", "docs/settings.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/architecture.md",
+    "docs/method.md",
+    "docs/settings.md",
+    "docs/metrics.md",
+]
 _NAME = re.compile(r"`([\w/.]+\.py):(\w+(?:\.\w+)?)`")
 _LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+
+def undocumented(metrics) -> set[str]:
+    """Of the names of metrics, those that docs/metrics.md does not have; N there stands for any number."""
+    rows = [line.split("|")[1] for line in (ROOT / "docs" / "metrics.md").read_text().splitlines() if "|" in line]
+    known = {name for row in rows for name in re.findall(r"`([\w/]+)`", row)}
+    return {name for name in metrics if re.sub(r"_\d+$", "_N", name) not in known} - {"step"}
 
 
 @functools.cache
@@ -52,5 +67,10 @@ def test_links_lead_somewhere(page):
 
 
 def test_a_wrong_name_is_found():
-    text = "`trainer.py:train`, `trainer.py:trane`, `nowhere.py:f`, `batch.py:Batch.split`, `batch.py:Batch.spill`"
-    assert _missing(text) == ["trainer.py:trane", "nowhere.py:f", "batch.py:Batch.spill"]
+    text = "`trainer.py:train`, `trainer.py:trane`, `nowhere.py:f`, `layout.py:Layout.rank`, `layout.py:Layout.rang`"
+    assert _missing(text) == ["trainer.py:trane", "nowhere.py:f", "layout.py:Layout.rang"]
+
+
+def test_a_metric_that_is_not_on_the_page_is_found():
+    known = ["step", "eval/pass_at_8", "rollout/tokens_at_lag_0", "policy/clip_high", "time/step_s"]
+    assert undocumented([*known, "policy/clip_height", "eval/pass_at_k"]) == {"policy/clip_height", "eval/pass_at_k"}

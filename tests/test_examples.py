@@ -5,9 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from megatron_dgpo.algorithm.resolve import without_effect
 from megatron_dgpo.config import load_config
 from megatron_dgpo.metrics import read_metrics
+from tests.test_docs import undocumented
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -18,9 +21,27 @@ def run(*command: str) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
+PRESETS = sorted((EXAMPLES / "algorithms").glob("*.yaml"))
+CONFIGS = sorted(path for path in EXAMPLES.glob("*/*.yaml") if path not in PRESETS)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_settings_are_valid(path):
     load_config(path)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_a_method_is_a_few_settings_over_those_of_a_run(path):
+    """What it names has its value, all else is the run's, and with several minibatches nothing of it is in vain."""
+    base = EXAMPLES / "arithmetic" / "config.yaml"
+    run, with_preset = load_config(base), load_config(base, [str(path), "batch.minibatches=2"])
+    named = yaml.safe_load(path.read_text())
+    assert named.keys() <= {"algorithm", "reward", "rollout"} and "credit" in named["algorithm"]
+    for section in ("algorithm", "reward", "rollout"):
+        expected = getattr(run, section).model_dump() | named.get(section, {})
+        assert getattr(with_preset, section).model_dump() == expected
+    assert without_effect(with_preset) == []
+    assert with_preset.data == run.data and with_preset.model == run.model
 
 
 def test_gsm8k_runs_three_steps(tmp_path):
@@ -47,5 +68,6 @@ def test_arithmetic_warm_up_learns(tmp_path):
     ]
     run("-m", "megatron_dgpo.cli", "sft", str(folder / "sft.yaml"), *overrides)
     rows = read_metrics(tmp_path / "sft" / "metrics" / "sft.jsonl")
+    assert not undocumented(rows[-1])
     assert rows[0]["policy/loss"] > 2.5 and rows[-1]["policy/loss"] < 1.5
     assert (tmp_path / "sft" / "hf" / "model.safetensors").is_file()

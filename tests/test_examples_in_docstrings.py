@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["algorithm.credit", "batch", "layout", "weights.resharding"])
+@pytest.mark.parametrize("name", ["algorithm.credit", "balance", "layout", "micro_batch", "weights.resharding"])
 def test_examples(name):
     results = doctest.testmod(importlib.import_module(f"megatron_dgpo.{name}"))
     assert results.attempted and not results.failed

@@ -1,10 +1,14 @@
 """What would be started where: commands, environments and GPUs of every recipe on nodes of 8 GPUs, without one."""
 
 import json
+import os
 import re
 import shlex
 import signal
 import socket
+import sys
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +21,11 @@ from megatron_dgpo import cli, launcher, process
 from megatron_dgpo.cluster import INTERFACE, JOB, ROLLOUT_NODES, Node
 from megatron_dgpo.config import load_config
 from megatron_dgpo.errors import UsageError
+from megatron_dgpo.layout import Layout
 from megatron_dgpo.rollout import server
 from megatron_dgpo.rollout.guard import SECRET
-from megatron_dgpo.rollout.plugin import BACKEND
+from megatron_dgpo.weight_sync import BACKEND
+from tests.layouts import make_config
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ("qwen2.5-7b", "qwen2.5-32b", "qwen2.5-72b", "qwen3-30b-a3b", "qwen3-235b-a22b")
@@ -48,9 +54,9 @@ class Started:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         monkeypatch.setenv(SECRET, "a-secret")
 
-    def _start(self, name, command, env, log, show_output=False):
+    def _start(self, name, command, env, log, show_output=False, kept=()):
         self.processes.append(SimpleNamespace(name=name, command=command, env=env, log=log, node=self.node))
-        return process.Child(name, SimpleNamespace(returncode=0, poll=lambda: 0), log)
+        return process.Child(name, SimpleNamespace(returncode=0, poll=lambda: 0), log, command, env)
 
     def _interfaces(self):
         entry = SimpleNamespace(family=socket.AF_INET, address=self.node)
@@ -125,7 +131,7 @@ def test_every_gpu_has_one_process(started, tmp_path, name):
 def test_ranks_know_their_place_and_the_servers(started, tmp_path, name):
     config, nodes, rollout_nodes = recipe(name, tmp_path)
     started.job(config, nodes, rollout_nodes) if rollout_nodes else started.machine(config)
-    world = config.parallel.tensor * config.parallel.pipeline * config.parallel.data
+    world = Layout.from_config(config.parallel).world_size
     places = [(int(r.env["RANK"]), int(r.env["LOCAL_RANK"])) for r in started.ranks]
     assert sorted(places) == [(rank, rank % (world // nodes)) for rank in range(world)]
     assert {r.env["WORLD_SIZE"] for r in started.ranks} == {str(world)}
@@ -194,3 +200,156 @@ def test_more_servers_than_gpus_are_named(started, tmp_path):
     config, _, _ = recipe("qwen2.5-32b", tmp_path, "servers.count=2")
     with pytest.raises(UsageError, match="server 1 with servers.tensor=8 .* this machine has 8"):
         started.job(config, 8, 8)
+
+
+# Servers that end
+
+# In place of vLLM: has a child in its group, as a server has an engine, says so, and waits for its end.
+_SERVER = """
+import os, socket, subprocess, sys, time
+listener = socket.create_server((sys.argv[1], int(sys.argv[2])))
+print("engine", subprocess.Popen(["sleep", "1000"]).pid, flush=True)
+time.sleep(1000)
+"""
+_BROKEN = "raise RuntimeError('no such model')"
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Launch with such servers, and for a rank a process that waits until the file `done` is there."""
+    monkeypatch.setattr(launcher, "_handle_signals", lambda *_, **__: None)
+    monkeypatch.setattr(launcher.stop, "unblock", lambda: None)
+    rank = [
+        sys.executable,
+        "-c",
+        f"import os, time\nwhile not os.path.exists({str(tmp_path / 'done')!r}): time.sleep(0.1)",
+    ]
+    monkeypatch.setattr(
+        launcher, "_start_rank", lambda *_: process.start("rank 0", rank, dict(os.environ), tmp_path / "rank_0.log")
+    )
+
+    def launch(script, **servers):
+        monkeypatch.setattr(server, "command", lambda _, port, host: [sys.executable, "-c", script, host, str(port)])
+        config = make_config("unused", run={"dir": tmp_path}, servers=servers)
+        return launcher.launch(["train", "config.yaml"], config, Node(tmp_path), 1, True)
+
+    return launch
+
+
+def lines(log: Path, count: int) -> list[str]:
+    deadline = time.monotonic() + 30
+    while not log.exists() or len(found := log.read_text().splitlines()) < count:
+        assert time.monotonic() < deadline, f"{log} has not got {count} lines within 30 s"
+        time.sleep(0.05)
+    return found
+
+
+def test_a_server_that_ends_is_started_anew_where_it_was(small, tmp_path, capfd):
+    """Killed alone, and by itself with status 0; what it leaves behind is killed, and at the end nothing is left."""
+    log, commands = tmp_path / "vllm_0.log", []
+
+    def kill_twice():
+        for count in (1, 2):
+            [*_, last] = lines(log, count)
+            engine = psutil.Process(int(last.split()[1]))
+            commands.append((engine.parent().cmdline(), engine.parent().environ()))
+            engine.parent().kill()
+            engine.wait(timeout=20)
+        lines(log, 3)
+        (tmp_path / "done").touch()
+
+    killer = threading.Thread(target=kill_twice)
+    killer.start()
+    assert small(_SERVER) == 0
+    killer.join()
+    first, second = commands
+    # The same port and secret.
+    assert first == second
+    said = capfd.readouterr().err
+    assert "vLLM server 0 ended (SIGKILL) and is started anew, 1 of 3 times an hour" in said
+    assert f"2 of 3 times an hour (servers.max_restarts); its whole output: {log}" in said
+    assert not psutil.pid_exists(int(lines(log, 3)[2].split()[1]))
+
+
+@pytest.mark.parametrize("most", [2, 0])
+@pytest.mark.parametrize("script", [_BROKEN, "pass"])
+def test_a_server_that_ends_at_once_ends_the_run(small, tmp_path, capfd, most, script):
+    """After as many restarts as are allowed, with its error; whatever its exit status."""
+    assert small(script, max_restarts=most) == 1
+    said = capfd.readouterr().err
+    assert said.count("is started anew") == most
+    status = int(script == _BROKEN)
+    assert f"vLLM server 0 ended (exit status {status}); its whole output: {tmp_path / 'vllm_0.log'}" in said
+    assert ("vLLM server 0, first error: RuntimeError: no such model" in said) == bool(status)
+
+
+def test_a_rollout_node_starts_its_servers_anew(small, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(launcher.stop, "block", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(Node, "publish", lambda *_: None)
+    monkeypatch.setenv(SECRET, "a-secret")
+    monkeypatch.setattr(server, "command", lambda _, port, host: [sys.executable, "-c", _BROKEN])
+    config = make_config("unused", run={"dir": tmp_path}, servers={"count": 2, "max_restarts": 1})
+    assert launcher.serve_node(config, Node(tmp_path, 1, 2, 2, in_job=True)) == 1
+    said = capfd.readouterr().err
+    assert said.count("is started anew, 1 of 1") >= 1 and "first error: RuntimeError: no such model" in said
+
+
+def test_restarts_are_counted_by_the_hour(monkeypatch, tmp_path):
+    now = [0.0]
+    monkeypatch.setattr(launcher.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(process, "restart", lambda _: None)
+    config = make_config("unused", servers={"max_restarts": 2})
+    children = [process.Child(name, SimpleNamespace(returncode=0), tmp_path, [], {}) for name in "ab"]
+    revived = launcher.reviver(config)
+    assert [revived(children[0]) for _ in range(3)] == [True, True, False]
+    assert revived(children[1])
+    now[0] = 3601
+    assert revived(children[0])
+    asleep = make_config("unused", servers={"sleep": True})
+    assert not launcher.reviver(asleep)(children[0])
+
+
+# Ranks
+
+_TWO_RANKS = """
+import os, time
+import torch.distributed as dist
+from megatron_dgpo.session import world
+from tests.layouts import make_config
+try:
+    with world(make_config("unused")):
+        if os.environ["RANK"] == "{culprit}":
+            raise FloatingPointError("the culprit's")
+        dist.barrier()
+finally:
+    # Ends, and writes its log, long after the other one.
+    time.sleep(3 * (os.environ["RANK"] == "{culprit}"))
+"""
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_the_culprit_is_named_though_it_ends_after_its_victim(tmp_path, capfd, culprit):
+    port = server.free_port("127.0.0.1")
+    rendezvous = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = []
+    for number in range(2):
+        log = tmp_path / "logs" / f"rank_{number}.log"
+        variables = {
+            "PYTHONPATH": str(ROOT),
+            "RANK": str(number),
+            "TORCHELASTIC_ERROR_FILE": str(process.error_file(log)),
+        }
+        command = [sys.executable, "-c", _TWO_RANKS.format(culprit=culprit)]
+        ranks.append(process.start(f"rank {number}", command, os.environ | rendezvous | variables, log))
+    try:
+        failed = process.supervise(ranks, [])
+        assert failed is ranks[culprit]
+        launcher._report(failed, [], Node(tmp_path))
+    finally:
+        process.stop(ranks)
+    said = capfd.readouterr().err
+    assert f"rank {culprit}, first error: FloatingPointError: the culprit's" in said
+    assert f"rank {culprit} ended (exit status 1)" in said and f"rank {1 - culprit}" not in said.split("Traceback")[0]
+    # So did the other one, of its broken connection.
+    assert "Error" in json.loads(ranks[1 - culprit].error_file.read_text())["message"]["message"]

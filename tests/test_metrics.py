@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_dgpo.metrics import MetricsLog, pass_at_k, read_metrics
 from megatron_dgpo.plot import plot_run
+from tests.layouts import make_config
 from tests.ranks import run_ranks
 
 _RUN = """
@@ -84,6 +85,24 @@ def test_phases_add_up_within_a_step_and_start_anew(tmp_path):
     assert "time/rollout_s" in first
     assert first["time/tokens_per_s"] == pytest.approx(1000 / first["time/step_s"])
     assert second.keys() == {"step", "time/step_s"}
+
+
+def test_a_checkpoint_is_of_the_step_before_it(tmp_path, capsys):
+    with MetricsLog(tmp_path, "train", visible=True) as log:
+        log.start(0, 2)
+        log.write(0, {})
+        log.write(1, {"rollout/tokens": 10})
+        with log.phase("checkpoint"):
+            time.sleep(0.3)
+        log.saved()
+        log.write(2, {"rollout/tokens": 10})
+    rows = read_metrics(tmp_path / "metrics" / "train.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert rows[1]["time/checkpoint_s"] > 0.29 and "time/checkpoint_s" not in rows[2]
+    # Nor is it in anybody's tokens/s.
+    assert max(row["time/step_s"] for row in rows) < 0.25
+    assert _events(tmp_path)["time/checkpoint_s"] == {1: pytest.approx(rows[1]["time/checkpoint_s"], rel=1e-6)}
+    assert "train 1/2: checkpoint 0.3" in capsys.readouterr().out
 
 
 def test_steps_that_come_again_after_a_crash_are_kept_once(tmp_path):
@@ -167,7 +186,7 @@ def _on_a_terminal(command: list[str]) -> str:
 def test_a_plot_of_any_length(tmp_path, steps):
     rows = [{"step": 0, "eval/accuracy": 0.3}] if steps else []
     for step in range(1, steps + 1):
-        names = ("rollout/reward", "rollout/accuracy", "policy/entropy", "policy/hellinger2", "credit/effective_share")
+        names = ("rollout/reward", "rollout/accuracy", "policy/entropy", "policy/deviation", "credit/effective_share")
         rows.append({"step": step} | {name: step / 50 for name in names})
     file = tmp_path / "train.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -225,9 +244,10 @@ def test_a_sampler_with_another_policy_is_said_once(tmp_path, capfd):
 
     sums = dict.fromkeys(("effective_share", "max_weight", "top1_share", "top10_share", "entropy"), 0.0)
     sums |= {"tokens": 10.0, "responses": 2.0, "loss": 0.0, "normaliser": 10.0, "rollout_kl": 0.04}
+    sums |= {"rollout_ratio": 10.0, "rollout_ratio_squared": 10.0, "corrected": 0.0, "counted_tokens": 10.0}
     with MetricsLog(tmp_path, "train", visible=True) as log:
         log.start(0, 3)
-        warnings = Warnings(log)
+        warnings = Warnings(log, make_config("none"))
         for gap in (0.3, 0.7, 0.9):
             metrics = policy_metrics(sums | {"logprob_gap": gap, "largest_logprob_gap": 2.0})
             warnings.look(metrics)
@@ -235,3 +255,39 @@ def test_a_sampler_with_another_policy_is_said_once(tmp_path, capfd):
     assert metrics["policy/rollout_ratio_max"] == pytest.approx(math.exp(2))
     printed = capfd.readouterr().out
     assert printed.count("warning:") == 1 and "0.07 from the trainer's on average" in printed
+
+
+def test_the_gap_of_rounding_is_that_of_the_tokens_of_the_weights_that_are_trained():
+    from megatron_dgpo.step_metrics import policy_metrics
+
+    sums = dict.fromkeys(("effective_share", "max_weight", "top1_share", "top10_share", "entropy", "corrected"), 0.0)
+    sums |= {"tokens": 10.0, "responses": 2.0, "loss": 0.0, "normaliser": 10.0, "rollout_kl": 0.04, "logprob_gap": 5.0}
+    sums |= {"rollout_ratio": 10.0, "rollout_ratio_squared": 10.0, "counted_tokens": 10.0, "largest_logprob_gap": 1.0}
+    assert policy_metrics(sums)["policy/rollout_logprob_gap"] == 0.5
+    ages = {"tokens_at_lag_0": 4.0, "tokens_at_lag_1": 0.0, "tokens_at_lag_2": 6.0}
+    gaps = {"logprob_gap_at_lag_0": 0.004, "logprob_gap_at_lag_1": 0.0, "logprob_gap_at_lag_2": 4.8}
+    found = policy_metrics(sums | ages | gaps)
+    assert found["policy/rollout_logprob_gap"] == found["policy/logprob_gap_at_lag_0"] == pytest.approx(0.001)
+    assert found["policy/logprob_gap_at_lag_2"] == pytest.approx(0.8) and "policy/logprob_gap_at_lag_1" not in found
+    # All tokens are older: nothing tells how the servers round.
+    found = policy_metrics(sums | ages | gaps | {"tokens_at_lag_0": 0.0})
+    assert "policy/rollout_logprob_gap" not in found
+
+
+@pytest.mark.parametrize(
+    "waits, ahead, text",
+    [(0.4, 0.2, "ranks wait for the servers 40% of the time"), (0.0, 1.0, "servers wait for the ranks"), (0, 0.5, "")],
+)
+def test_who_waits_for_whom_is_said(tmp_path, capfd, waits, ahead, text):
+    from megatron_dgpo.step_metrics import Warnings
+
+    metrics = {"policy/rollout_effective_share": 1.0, "credit/effective_share": 0.9, "rollout/response_length": 9.0}
+    with MetricsLog(tmp_path, "train", visible=True) as log:
+        log.start(0, 3)
+        warnings = Warnings(log, make_config("none"))
+        for _ in range(5):
+            assert "warning" not in capfd.readouterr().out
+            warnings.look(metrics | {"rollout/wait_share": waits, "rollout/finished_ahead": ahead})
+        warnings.look(metrics | {"rollout/wait_share": waits, "rollout/finished_ahead": ahead})
+    printed = capfd.readouterr().out
+    assert printed.count("warning:") == bool(text) and text in printed

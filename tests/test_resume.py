@@ -14,6 +14,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from megatron_dgpo.config import Run
+from megatron_dgpo.data import PromptOrder
 from megatron_dgpo.manifest import candidates
 from megatron_dgpo.metrics import read_metrics
 from megatron_dgpo.stop import STOPPED
@@ -37,19 +39,22 @@ def recorded(tmp_path_factory):
     (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
     generator = torch.Generator().manual_seed(0)
     (folder / "rollouts").mkdir()
+    order = PromptOrder(8, Run().seed, shuffle=True)
     for step in range(1, RECORDED_STEPS + 1):
         rows = []
-        for prompt in range(8):
+        for position in range(8 * (step - 1), 8 * step):
+            prompt = order.row(position)
             for place in range(RESPONSES):
                 length = 3 + (prompt + place + step) % 6
                 tokens = torch.randint(3, 131, (length,), generator=generator).tolist()
                 rows.append(
                     dict(
+                        position=position,
                         prompt=prompt,
                         token_ids=tokens,
                         logprobs=[-4.0] * length,
                         finish_reason="stop",
-                        weight_version=step - 1,
+                        versions=[[step - 1, 0, length]],
                         text="",
                         reward=float((prompt + place) % 3 == 0),
                         failure=None,
@@ -64,7 +69,7 @@ def write_config(recorded: Path, run_dir: Path, parallel: dict, **sections) -> P
         "run": {"dir": str(run_dir), "steps": STEPS},
         "model": {"path": str(recorded / "model"), "dtype": "float32"},
         "parallel": parallel,
-        "batch": {"micro_batch_size": 2, "minibatches": 2},
+        "batch": {"micro_batch_tokens": 40, "minibatches": 2},
         "optimizer": {"lr": 1e-3, "schedule": "cosine", "warmup_steps": 1},
         "algorithm": {"tau": 0.02},
         "rollout": {
@@ -109,7 +114,7 @@ def assert_identical(left: dict, right: dict) -> None:
 RESUMED = {
     "tp1": ("model", {}),
     "tp2-pp2": ("model", LAYOUTS["tp2-pp2"][1]),
-    "dp2-distributed-optimizer": ("model", {"data": 2, "distributed_optimizer": True}),
+    "cp2-dp2-distributed-optimizer": ("model", {"context": 2, "data": 2, "distributed_optimizer": True}),
     "ep2-distributed-optimizer": ("mixture", {"data": 2, "expert": 2, "distributed_optimizer": True}),
 }
 

@@ -127,8 +127,8 @@ def resumed_with_other_settings(model_dir, folder):
     from megatron_dgpo.model.policy import Policy
 
     parallel = {"data": 2, "distributed_optimizer": True}
-    config, architecture, policy, batch, loss = build(model_dir, parallel, dtype="bfloat16")
-    policy.step(batch.split(2), loss)
+    config, architecture, policy, batches, loss = build(model_dir, parallel, dtype="bfloat16")
+    policy.step(batches(2), loss)
     gathered, all_gather = [], dist.all_gather
     dist.all_gather = lambda *arguments, **named: gathered.append(arguments) or all_gather(*arguments, **named)
     checkpoint.save(folder, policy, architecture, Progress(1), 1)
@@ -137,7 +137,7 @@ def resumed_with_other_settings(model_dir, folder):
     config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update=settings)})
     other = Policy(config, architecture, 4)
     assert checkpoint.load_newest(folder, other, architecture) == Progress(1)
-    rates = [other.step(batch.split(2), loss).lr for _ in range(3)]
+    rates = [other.step(batches(2), loss).lr for _ in range(3)]
     groups = [(g["max_lr"], g["min_lr"], g["betas"][1], g["weight_decay"]) for g in other.optimizer.param_groups]
     return len(gathered), rates, groups
 
@@ -149,6 +149,35 @@ def test_a_resumed_run_takes_the_settings_it_is_given_and_saves_without_filling_
         assert rates == pytest.approx([4e-3, 2.5e-3, 1e-3])
         assert {(peak, least, beta) for peak, least, beta, _ in groups} == {(4e-3, 1e-3, 0.5)}
         assert {decay for *_, decay in groups} == {0.0, 0.5}
+
+
+def saved_on_a_full_disk(model_dir, folder):
+    """(the error of a second save, what is in the folder after it, and after a start that follows a cut-off save)."""
+    from megatron_dgpo import checkpoint
+    from megatron_dgpo.manifest import Progress
+
+    _, architecture, policy, batches, loss = build(model_dir, {})
+    policy.step(batches(2), loss)
+    checkpoint.save(folder, policy, architecture, Progress(1), 2)
+    checkpoint.shutil.disk_usage = lambda path: (10**12, 10**12 - 10_000, 10_000)
+    try:
+        checkpoint.save(folder, policy, architecture, Progress(2), 2)
+        error = "none"
+    except UsageError as refused:
+        error = str(refused)
+    after = sorted(path.name for path in folder.iterdir())
+    left = folder / ".writing_step_00000007"
+    left.mkdir()
+    (left / "common.pt").write_bytes(b"cut off")
+    assert checkpoint.load_newest(folder, policy, architecture) == Progress(1)
+    return error, after, sorted(path.name for path in folder.iterdir())
+
+
+def test_a_full_disk_is_told_before_anything_is_written_and_nothing_of_a_cut_off_save_stays(model, tmp_path):
+    [(error, after, later)] = run_ranks(saved_on_a_full_disk, 1, model, tmp_path)
+    assert f"{tmp_path} has 0.0 GiB free, and the last checkpoint took 0." in error
+    assert "make room or lower checkpoint.keep" in error
+    assert after == later == ["step_00000001"]
 
 
 def test_fingerprints_tell_weights_apart_and_not_places(model, tmp_path):
@@ -203,8 +232,8 @@ class Served:
     def differing_tensors(self, address):
         return []
 
-    def prompt_logprobs(self, address, token_ids):
-        return logprobs(self.model, token_ids)
+    def resume(self, probes):
+        return [[logprobs(self.model, token_ids) for token_ids in probes]]
 
     def generate(self, prompts, n, temperature, max_tokens, seeds):
         ids = torch.tensor([prompt.token_ids for prompt in prompts])

@@ -1,6 +1,7 @@
 """docs/settings.md is what config.py says."""
 
-from megatron_dgpo.config import setting_names
+from megatron_dgpo.config import Config, setting_names
+from megatron_dgpo.settings_table import settings_of
 from tools import settings_page
 
 
@@ -13,6 +14,10 @@ def test_every_setting_has_a_row():
     assert rows == setting_names()
 
 
+def test_every_setting_says_what_it_means():
+    assert all(setting.meaning.endswith(".") for section in Config.model_fields for setting in settings_of(section))
+
+
 def test_a_stale_page_is_refused(tmp_path, capsys):
     page = tmp_path / "settings.md"
     assert settings_page.main(["--check", "--page", str(page)]) == 1
@@ -22,8 +27,3 @@ def test_a_stale_page_is_refused(tmp_path, capsys):
     capsys.readouterr()
     assert settings_page.main(["--check", "--page", str(page)]) == 1
     assert "run python tools/settings_page.py" in capsys.readouterr().err
-
-
-def test_docstrings_are_those_below_the_attribute():
-    source = 'class A:\n    x: int = 1\n    """Of x,\n    in two lines."""\n    y: int = 2\n    z: int\n    "Of z."\n'
-    assert settings_page.attribute_docstrings(source) == {"A": {"x": "Of x,\nin two lines.", "z": "Of z."}}

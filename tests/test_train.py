@@ -22,6 +22,7 @@ from megatron_dgpo.rollout import guard, server
 from megatron_dgpo.weights.convert import Job, convert
 from tests.commands import run_on_ranks
 from tests.leftovers import left_in_shared_memory
+from tests.test_docs import undocumented
 from tests.test_resume import processes, wait_until_gone
 from tools.tiny_models import make_tiny_model
 
@@ -45,7 +46,7 @@ def write_config(folder, family, parallel, transport="auto", sleep=False):
         "run": {"dir": str(folder / family / "run"), "steps": STEPS},
         "model": {"path": str(make_tiny_model(folder / family / "model", family)), "dtype": "float32"},
         "parallel": parallel,
-        "batch": {"micro_batch_size": 4},
+        "batch": {"micro_batch_tokens": 64},
         "optimizer": {"lr": 3e-3},
         "algorithm": {"tau": 0.05},
         "rollout": {
@@ -83,9 +84,9 @@ def served(config, logs, modules):
     [
         ("llama", {"tensor": 2}, "memory", False),
         ("mistral", {}, "memory", True),
-        ("qwen2", {"pipeline": 2}, "shards", False),
+        ("qwen2", {"pipeline": 2, "context": 2}, "shards", False),
         ("qwen3", {"data": 2}, "shards", True),
-        ("mixtral", {"data": 2, "expert": 2}, "memory", False),
+        ("mixtral", {"context": 2, "expert": 2}, "memory", False),
         ("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 2}, "shards", False),
     ],
 )
@@ -98,12 +99,13 @@ def test_three_steps(folder, family, parallel, transport, sleep):
         run_on_ranks("train", config, environment=environment, timeout_s=400)
     rows = read_metrics(run / "metrics" / "train.jsonl")
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
+    assert not undocumented(name for row in rows for name in row)
     for row in rows[1:]:
         # The server after the update, and the tokens sampled before it, as the trainer computes them.
         assert row["weights/canary_logprob_gap"] < 1e-4
         assert row["policy/rollout_logprob_gap"] < 1e-4
         assert row["policy/grad_norm"] > 0
-        assert row["rollout/weight_version"] == row["step"] - 1
+        assert row["rollout/staleness_max"] == 0
     # A CPU server does all of it but freeing memory. It sleeps while the trainer starts, too.
     log = (run / "logs" / "vllm_0.log").read_text()
     assert log.count("wake up the engine with tags: ['kv_cache']") == (STEPS + 1 if sleep else 0)
@@ -114,7 +116,7 @@ def test_three_steps(folder, family, parallel, transport, sleep):
             for line in file.read_text().splitlines()
         ]
         assert len(recorded) == 16
-        assert {sample["weight_version"] for sample in recorded} == {step - 1}
+        assert {version for sample in recorded for version, _, _ in sample["versions"]} == {step - 1}
     # Greedy text of the last weights, served and by transformers from the exported model.
     model = AutoModelForCausalLM.from_pretrained(run / "hf", dtype=torch.float32)
     before = AutoModelForCausalLM.from_pretrained(folder / family / "model", dtype=torch.float32)
@@ -164,7 +166,7 @@ def start_training(folder, name, *overrides):
 
 def test_a_dead_server_ends_the_run(folder, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(folder))
-    process, run = start_training(folder, "dead", "rollout.prompts_per_step=16")
+    process, run = start_training(folder, "dead", "rollout.prompts_per_step=16", "servers.max_restarts=0")
     for pid in processes(run):
         if b"vllm.entrypoints" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGKILL)

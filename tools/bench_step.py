@@ -23,10 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from megatron_dgpo.algorithm.objective import Objective, policy_objective
-from megatron_dgpo.batch import Batch
+from megatron_dgpo.algorithm.objective import Objective, Signal, policy_objective
+from megatron_dgpo.algorithm.resolve import resolved_algorithm
 from megatron_dgpo.config import Config
+from megatron_dgpo.micro_batch import TrainingSequence
 from megatron_dgpo.model.device import init_device
+from megatron_dgpo.model.packed import pack_micro_batches
 from megatron_dgpo.model.parallel import initialize_parallel
 from megatron_dgpo.model.policy import Policy
 from megatron_dgpo.model.reference import Reference
@@ -80,7 +82,8 @@ def grpo_loss(reference: Reference, config: Config, vocab_size: int):
         with torch.no_grad():
             reference_logprobs(batch.reference_states, reference.head_weight, batch.targets)
         weights = torch.ones_like(statistics.logprobs)
-        return policy_objective(statistics, batch, weights, statistics.logprobs.detach(), config.algorithm)
+        signal = Signal(statistics, statistics.logprobs.detach(), weights)
+        return policy_objective(signal, batch, resolved_algorithm(config))
 
     return loss
 
@@ -102,12 +105,12 @@ def measure(name: str, case: Case, folder: Path, rounds: int) -> dict:
     policy.load(config.model.path)
     vocabulary = case.model["vocab_size"]
     tokens = torch.randint(vocabulary, (case.responses, case.prompt_tokens + case.response_tokens)).tolist()
-    batch = Batch.from_sequences(
-        [row[: case.prompt_tokens] for row in tokens],
-        [row[case.prompt_tokens :] for row in tokens],
-        torch.randn(case.responses).tolist(),
-    ).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    micro_batches = batch.split(case.micro_batch)
+    sequences = [
+        TrainingSequence.of(row[: case.prompt_tokens], row[case.prompt_tokens :], advantage)
+        for row, advantage in zip(tokens, torch.randn(case.responses).tolist(), strict=True)
+    ]
+    parts = [sequences[first : first + case.micro_batch] for first in range(0, case.responses, case.micro_batch)]
+    micro_batches = pack_micro_batches(parts, config.parallel)
     losses = {
         True: Objective(config, architecture.vocab_size, reference.head_weight, tp_group=None),
         False: grpo_loss(reference, config, vocabulary),

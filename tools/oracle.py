@@ -1,12 +1,13 @@
-"""DGPO written a second time: transformers and plain PyTorch in float64, one process, nothing shared with the package.
+"""The loss written a second time: transformers and plain PyTorch in float64, one process, nothing of the package's.
 
-Only the definitions of docs/method.md (arXiv 2605.03327) are followed; loops over responses, no packing, no chunks.
+Only the definitions of docs/method.md are followed; loops over responses and tokens, no packing, no chunks.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -20,10 +21,23 @@ class Oracle:
     gradients: dict[str, torch.Tensor]
 
 
-def dense_step(policy_dir, reference_dir, rows, algorithm, temperature, vocab_size, old_dir=None) -> Oracle:
-    """One optimizer step's loss, credit weights and gradients. rows: (prompt, response, advantage, old log-probs).
+class Row(NamedTuple):
+    prompt: list[int]
+    response: list[int]
+    advantage: float
+    old: list[float] | None = None
+    """Log-probs of the policy before the first update; None: its own."""
+    sampled: list[float] | None = None
+    """Those of who sampled."""
+    counted: bool = True
 
-    old_dir: the policy before the first update, where it is not the current one; old log-probs are then its own.
+
+def dense_step(
+    policy_dir, reference_dir, rows, algorithm, temperature, vocab_size, old_dir=None, max_tokens=1024
+) -> Oracle:
+    """One optimizer step's loss, credit weights and gradients. rows: what `Row` is made of.
+
+    old_dir: the policy before the first update, where it is not the current one.
     """
     policy, reference, old_policy = (
         # Experts one by one: the grouped product does not take float64.
@@ -31,35 +45,104 @@ def dense_step(policy_dir, reference_dir, rows, algorithm, temperature, vocab_si
         for path in (policy_dir, reference_dir, old_dir)
     )
     total, weights = torch.zeros((), dtype=torch.float64), []
-    num_tokens = sum(len(response) for _, response, _, _ in rows)
-    for prompt, response, advantage, old in rows:
-        ids = torch.tensor([[*prompt, *response]])
-        place = slice(len(prompt) - 1, -1)
+    rows = [Row(*row) for row in rows]
+    taken = [row for row in rows if row.counted]
+    num_tokens = sum(len(row.response) for row in taken)
+    for row in rows:
+        ids = torch.tensor([[*row.prompt, *row.response]])
+        place = slice(len(row.prompt) - 1, -1)
         log_pi = torch.log_softmax(policy(ids).logits[0, place] / temperature, -1)
         with torch.no_grad():
             log_rho = torch.log_softmax(reference(ids).logits[0, place] / temperature, -1)
             log_old = torch.log_softmax(old_policy(ids).logits[0, place] / temperature, -1)
-        index = torch.tensor(response)[:, None]
-        chosen = log_pi.gather(-1, index)[:, 0]
-        if old is None:
-            old = log_old.gather(-1, index)[:, 0]
-        entropy = -(log_pi.exp() * log_pi).sum(-1)
-        w = torch.ones(len(response), dtype=torch.float64)
-        if algorithm.credit == "distribution_guided":
-            scored = (log_pi if algorithm.scored_by == "current" else log_old).detach()
-            d = 1 - (scored.exp() * log_rho.exp()).sqrt().sum(-1)
-            h = -(scored.exp() * scored).sum(-1)
-            largest = math.log(vocab_size) if algorithm.entropy_norm == "log_vocab" else h.max()
-            s = d.clamp(min=0) * (h / largest) ** algorithm.kappa
-            w = len(response) * torch.softmax(s / algorithm.tau, 0)
+        index = torch.tensor(row.response)[:, None]
+        chosen, theirs = (values.gather(-1, index)[:, 0] for values in (log_pi, log_rho))
+        old = log_old.gather(-1, index)[:, 0] if row.old is None else row.old
+        old = torch.as_tensor(row.sampled if algorithm.old_logprobs == "sampled" else old, dtype=torch.float64)
+        scored = (log_pi if algorithm.scored_by == "current" else log_old).detach()
+        w = credit(algorithm, scored, log_rho, (chosen - old).tolist(), row.advantage, vocab_size)
         weights.append(w)
-        ratio = (chosen - torch.as_tensor(old, dtype=torch.float64)).exp()
-        clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
-        token_loss = -torch.minimum(ratio * advantage * w, clipped * advantage * w)
-        token_loss = token_loss - algorithm.entropy_bonus * entropy
-        by_tokens = algorithm.aggregation == "token_mean"
-        total = total + (token_loss.sum() / num_tokens if by_tokens else token_loss.mean() / len(rows))
+        losses = []
+        for t in range(len(row.response)):
+            advantage = row.advantage * w[t].item() + algorithm.teacher * (theirs[t] - old[t]).item()
+            log_ratio = chosen[t] - old[t]
+            if algorithm.policy_loss == "sequence_clip":
+                log_ratio = chosen[t] - chosen[t].item() + (chosen - old).mean().item()
+            loss = policy_loss(algorithm, chosen[t], log_ratio, advantage)
+            if algorithm.correction in ("truncate", "mask"):
+                loss = loss * correction(algorithm, math.exp(old[t].item() - row.sampled[t]))
+            if algorithm.kl != "none":
+                v = theirs[t] - chosen[t]
+                loss = loss + algorithm.kl_coefficient * (v**2 / 2 if algorithm.kl == "k2" else v.exp() - 1 - v)
+            losses.append(loss + algorithm.entropy_bonus * (log_pi[t].exp() * log_pi[t]).sum())
+        if row.counted:
+            length = {"token_mean": 1, "sequence_mean": len(losses), "fixed_length": max_tokens}[algorithm.aggregation]
+            total = total + sum(losses) / length
+    total = total / (num_tokens if algorithm.aggregation == "token_mean" else len(taken))
     total.backward()
     gradients = {name: parameter.grad for name, parameter in policy.named_parameters()}
     # Experts by the names of the files; in memory they are stacked.
     return Oracle(total.item(), weights, revert_weight_conversion(policy, gradients))
+
+
+def credit(algorithm, log_pi, log_rho, log_ratios, advantage, vocab_size):
+    """[T] weights of a response. log_pi, log_rho: [T, V]; log_ratios: T numbers."""
+    if algorithm.credit in ("uniform", "none"):
+        return torch.full((len(log_pi),), float(algorithm.credit == "uniform"), dtype=torch.float64)
+    if algorithm.credit == "future_kl":
+        weights = [future(algorithm, log_ratios[t:], advantage) for t in range(len(log_ratios))]
+        return torch.tensor(weights, dtype=torch.float64)
+    pi, rho, alpha = log_pi.exp(), log_rho.exp(), algorithm.deviation_alpha
+    d = {
+        "hellinger2": 1 - (pi * rho).sqrt().sum(-1),
+        "alpha": 1 - (pi**alpha * rho ** (1 - alpha)).sum(-1),
+        "kl": (pi * (log_pi - log_rho)).sum(-1),
+    }[algorithm.deviation]
+    h = -(pi * log_pi).sum(-1)
+    largest = math.log(vocab_size) if algorithm.entropy_norm == "log_vocab" else h.max()
+    s = d.clamp(min=0) * (h / largest) ** algorithm.kappa
+    if algorithm.tau_mode == "absolute":
+        return len(s) * torch.softmax(s / algorithm.tau, 0)
+    below, above = 0.0, 1 / algorithm.tau_min
+    for _ in range(100):
+        middle = (below + above) / 2
+        w = torch.softmax(s * middle, 0)
+        more_even = 1 / (len(s) * (w**2).sum()) > algorithm.effective_share
+        below, above = (middle, above) if more_even else (below, middle)
+    return len(s) * torch.softmax(s * above, 0)
+
+
+def future(algorithm, log_ratios, advantage):
+    """FIPO's weight of a token; log_ratios: its own, and those of the tokens after it."""
+    total = 0.0
+    for k, x in enumerate(log_ratios):
+        if algorithm.dual_clip is None or x <= math.log(algorithm.dual_clip):
+            total += 0.5 ** (k / algorithm.future_half_life) * max(-20, min(20, x))
+    f = max(algorithm.future_low, min(algorithm.future_high, math.exp(total)))
+    return max(0.8, min(1, f)) if advantage < 0 and log_ratios[0] > math.log(algorithm.future_safety) else f
+
+
+def policy_loss(algorithm, logprob, log_ratio, advantage):
+    """Of one token; logprob and log_ratio carry gradients."""
+    low, high = 1 - algorithm.clip_low, 1 + algorithm.clip_high
+    ratio, r = log_ratio.exp(), log_ratio.exp().item()
+    if algorithm.policy_loss == "clipped_weight":
+        return -max(low, min(high, r)) * advantage * logprob
+    if algorithm.policy_loss == "decoupled_gradient":
+        factor = 1.0
+        if advantage < 0 and r < low:
+            factor = (r / low) ** algorithm.decay_low
+        if advantage > 0 and r > high:
+            factor = (high / r) ** (1 / algorithm.decay_high)
+        return -advantage * factor * ratio
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    if algorithm.dual_clip is not None and advantage < 0:
+        loss = loss.clamp(max=-algorithm.dual_clip * advantage)
+    return loss
+
+
+def correction(algorithm, q):
+    """Weight of a token's policy loss; q: π_old over the sampler's policy."""
+    if algorithm.correction == "truncate":
+        return min(q, algorithm.correction_high)
+    return q if algorithm.correction_low <= q <= algorithm.correction_high else 0.0

@@ -68,6 +68,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minibatches", type=_positive, default=1, help="optimizer steps a step")
     parser.add_argument("--method", choices=("dgpo", "grpo"), default="dgpo", help="grpo has no reference")
     parser.add_argument("--placement", choices=("any", "shared", "separate"), default="any")
+    parser.add_argument(
+        "--max-staleness", type=_positive, help="also plan servers that sample up to so many steps ahead; 4 is usual"
+    )
     parser.add_argument("--rows", type=_positive, default=8, help="layouts listed; default: 8")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every layout")
     parser.add_argument("--write", type=Path, metavar="DIR", help="write settings, overrides and an sbatch file")
@@ -105,8 +108,12 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
         plans = planner.search(options.gpus, placements)
         report.print_layouts(console, plans, work, cluster, options.rows)
         chosen = choose(plans, cluster)
+        if options.max_staleness and (ahead := planner.best_ahead(plans, options.max_staleness)):
+            chosen = ahead if ahead.ahead.step_s < chosen.step_s else chosen
     if chosen:
         report.print_plan(console, chosen, sizes, work, cluster)
+        if chosen.in_flight:
+            report.print_in_flight(console, chosen, work)
     if options.json:
         runs = chosen if chosen and chosen.problem is None else None
         options.json.write_text(json.dumps(report.as_json(plans, runs, sizes, work, cluster)) + "\n")
@@ -157,7 +164,11 @@ def _configured(options: argparse.Namespace, planner: Planner, folder: Path) -> 
     reason = reason or rollout_refusal(architecture, rollout, options.gpus_per_node)
     if reason:
         raise UsageError(f"{options.config}: {reason}")
-    return planner.evaluate(trainer, rollout, config.servers.gpu_memory_fraction, config.servers.max_concurrent)
+    plan = planner.evaluate(trainer, rollout, config.servers.gpu_memory_fraction, config.servers.max_concurrent)
+    most = max(options.max_staleness or 0, config.rollout.max_staleness)
+    if most and plan.problem is None and not rollout.shared:
+        plan = planner.sampling_ahead(plan, most, config.rollout.max_staleness)
+    return plan
 
 
 if __name__ == "__main__":

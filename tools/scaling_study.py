@@ -1,12 +1,13 @@
 """How training scales from 0.5B to 671B parameters and from 8 to 4,096 GPUs, by the planner's formulas.
 
-    python tools/scaling_study.py                                  # predictions: a few minutes on two cores
+    python tools/scaling_study.py                                  # predictions: about ten minutes on two cores
     python tools/scaling_study.py --measure                        # and real steps of small models on this machine
     python tools/scaling_study.py --calibration cluster.json       # with efficiencies measured on your cluster
 
-Writes benchmarks/scaling.csv, docs/scaling.md and docs/scaling_*.png below --out, and with --measure
-benchmarks/scaling_measured.json, which later runs without it show again. A calibration is a JSON object of fields of
-Efficiencies in megatron_dgpo/planning/hardware.py, for example {"gemm": 0.61, "network": 0.7, "collective_s": 9e-6}.
+Writes benchmarks/scaling.csv and scaling_ahead.json, docs/scaling.md and docs/scaling_*.png below --out, and with
+--measure benchmarks/scaling_measured.json, which later runs without it show again. A calibration is a JSON object of
+fields of Efficiencies in megatron_dgpo/planning/hardware.py, for example {"gemm": 0.61, "network": 0.7,
+"collective_s": 9e-6}.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import multiprocessing
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,12 +48,14 @@ def main(arguments: list[str] | None = None) -> int:
             record.write_text(json.dumps(measured_study.measure(options.rounds), indent=1) + "\n")
         measured = json.loads(record.read_text()) if record.is_file() else None
         start = time.perf_counter()
-        page.write_csv(tables / "scaling.csv", _study(efficiencies, options.workers))
+        found, ahead = _study(efficiencies, options.workers)
+        page.write_csv(tables / "scaling.csv", found)
+        (tables / "scaling_ahead.json").write_text(json.dumps([asdict(row) for row in ahead], indent=1) + "\n")
         # From the file: the page says what the table says.
         rows = page.read_csv(tables / "scaling.csv")
         command = _COMMAND + (" --measure" if measured else "")
         command += f" --calibration {options.calibration.name}" if options.calibration else ""
-        (docs / "scaling.md").write_text(page.page(rows, efficiencies, measured, command))
+        (docs / "scaling.md").write_text(page.page(rows, ahead, efficiencies, measured, command))
         page.draw(docs, rows, measured)
     except (UsageError, OSError) as error:
         print(f"scaling_study: {error}", file=sys.stderr)
@@ -84,14 +88,18 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _study(efficiencies: Efficiencies, workers: int) -> list[study.Row]:
-    """Rows in study.all_series' order, one process for each model, cluster and scaling at a time."""
-    series = study.all_series(study.ARCHITECTURES, study.CLUSTERS)
+def _study(efficiencies: Efficiencies, workers: int) -> tuple[list[study.Row], list[study.Ahead]]:
+    """Rows in study.all_series' order, then long_series', one process for each model, cluster and scaling at a time;
+    and of servers that sample ahead, model by model."""
+    series = [(*item, study.GPU_COUNTS) for item in study.all_series(study.ARCHITECTURES, study.CLUSTERS)]
+    series += [(*item, (study.LONG_GPUS[item[1]],)) for item in study.long_series()]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
         # The largest models, at the end, take longest: they go first.
-        started = [pool.submit(study.series_rows, *item, study.GPU_COUNTS, efficiencies) for item in reversed(series)]
-        return [row for future in reversed(started) for row in future.result()]
+        started = [pool.submit(study.series_rows, *item, efficiencies) for item in reversed(series)]
+        ahead = [pool.submit(study.ahead, model, efficiencies) for model in study.AHEAD_GPUS]
+        rows = [row for future in reversed(started) for row in future.result()]
+        return rows, [future.result() for future in ahead]
 
 
 if __name__ == "__main__":

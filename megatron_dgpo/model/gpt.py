@@ -26,7 +26,7 @@ from megatron_dgpo.weights.slices import padded_vocab_size
 
 
 class HiddenStatesModel(GPTModel):
-    """A GPTModel whose last stage returns its final hidden states [S, B, H], the same on every tensor-parallel rank.
+    """A GPTModel whose last stage returns its final hidden states, [T / cp, 1, H], the same on tensor-parallel ranks.
 
     Their gradient is a sum over those ranks, of which each may compute its own part.
     """
@@ -84,6 +84,9 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
         overlap_p2p_comm=parallel.chunks_per_stage > 1,
         batch_p2p_comm=parallel.chunks_per_stage == 1,
         sequence_parallel=parallel.sequence,
+        context_parallel_size=parallel.context,
+        # Transformer Engine's ring of keys knows no window.
+        cp_comm_type="all_gather" if architecture.sliding_window else "p2p",
         recompute_granularity=None if model.recompute == "none" else model.recompute,
         recompute_method="uniform" if model.recompute == "full" else None,
         recompute_num_layers=1 if model.recompute == "full" else None,
@@ -96,7 +99,8 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
-        apply_rope_fusion=model.fusions,
+        # Megatron's own rotation of a pack asks the GPU for its boundaries in every layer.
+        apply_rope_fusion=uses_transformer_engine(model.layer_spec),
         persist_layer_norm=False,
     )
 

@@ -7,7 +7,11 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -17,6 +21,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megatron_dgpo.model.compat import moe_submodules, uses_transformer_engine
+from megatron_dgpo.model.packed import AttentionPlan, PackedAttentionParams
 
 
 def block_spec(config: TransformerConfig, layer_spec: str, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -43,7 +48,7 @@ def _portable_layer(config: TransformerConfig) -> ModuleSpec:
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=NormColumnParallelLinear,
-            core_attention=CausalAttention,
+            core_attention=PackedAttention,
             linear_proj=RowParallelLinear,
             q_layernorm=head_norm,
             k_layernorm=head_norm,
@@ -111,22 +116,62 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         return super().forward(F.rms_norm(hidden_states, weight.shape, weight, self.eps), *args, **kwargs)
 
 
-class CausalAttention(torch.nn.Module):
-    """PyTorch's scaled dot-product attention with Megatron's interface: grouped queries, causal, optional window."""
+class PackedAttention(torch.nn.Module):
+    """Causal attention within each sequence of a pack, in PyTorch, with Megatron's interface: grouped queries, optional
+    window, context parallelism.
+
+    Under context parallelism a rank gathers keys and values of all sequences, then answers for its own two chunks of
+    each, which on every rank together meet (2·cp + 1) / (2·cp) of a sequence's keys. A window needs all of them, too:
+    nothing is saved there.
+    """
 
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type, attention_type, **kwargs) -> None:
         super().__init__()
-        if config.context_parallel_size > 1:
-            raise ValueError("the portable layers do not support context parallelism: use model.layer_spec=te")
         self.window = config.window_size[0] + 1 if config.window_size else None
         self.scale = kwargs.get("softmax_scale")
         # Megatron adds a term for a learned softmax offset unless this is None.
         self.current_max_attn_logits = None
 
-    def forward(self, query, key, value, attention_mask, **_) -> torch.Tensor:
-        """query: [S, B, heads, D]; key, value: [S, B, groups, D]. Returns [S, B, heads·D]. No collectives."""
-        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        mask = None if self.window is None or query.shape[2] <= self.window else self._window_mask(query)
+    def forward(self, query, key, value, attention_mask, packed_seq_params: PackedAttentionParams, **_) -> torch.Tensor:
+        """query: [T / cp, heads, D]; key, value: [T / cp, groups, D]. Returns [T / cp, heads·D].
+
+        Collectives: under context parallelism an all-gather of [T, groups, 2·D] over its group forward, and a
+        reduce-scatter of the same backward.
+        """
+        plan = packed_seq_params.attention_plan
+        if plan.gathered is not None:
+            both = gather_from_sequence_parallel_region(torch.cat([key, value], -1), group=plan.cp_group)
+            # Backward adds at most two numbers to each place: their order is no matter, on a GPU either.
+            key, value = both.index_select(0, plan.gathered).chunk(2, -1)
+        one_call = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+        attend = self._in_one_call if one_call else self._piece_by_piece
+        return attend(query, key, value, plan).flatten(1)
+
+    def _in_one_call(self, query, key, value, plan: AttentionPlan) -> torch.Tensor:
+        """By FlashAttention, whose masks are aligned at the end of the keys. Its kernels take half precision alone."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(
+            query,
+            key,
+            value,
+            plan.cu_queries,
+            plan.cu_keys,
+            max(plan.queries),
+            max(plan.keys),
+            scale=self.scale,
+            window_size=(-1 if self.window is None else self.window - 1, 0),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+    def _piece_by_piece(self, query, key, value, plan: AttentionPlan) -> torch.Tensor:
+        """One product for all would keep a T × T mask; a loop keeps nothing of that kind."""
+        parts = zip(query.split(plan.queries), key.split(plan.keys), value.split(plan.keys), strict=True)
+        return torch.cat([self._piece(*part, plan.mask(len(part[0]), len(part[1]), self.window)) for part in parts])
+
+    def _piece(self, query, key, value, mask: torch.Tensor | None) -> torch.Tensor:
+        """[s, heads, D], [t, groups, D] -> [s, heads, D]; the last query stands at the last key."""
+        query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
         output = F.scaled_dot_product_attention(
             query,
             key,
@@ -136,9 +181,4 @@ class CausalAttention(torch.nn.Module):
             scale=self.scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return output.permute(2, 0, 1, 3).flatten(2)
-
-    def _window_mask(self, query: torch.Tensor) -> torch.Tensor:
-        positions = torch.arange(query.shape[2], device=query.device)
-        distance = positions[:, None] - positions
-        return (distance >= 0) & (distance < self.window)
+        return output[0].transpose(0, 1)

@@ -25,6 +25,7 @@ def initialize_parallel(parallel: Parallel, seed: int, patience: timedelta | Non
         parallel.tensor,
         parallel.pipeline,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
     )
@@ -40,7 +41,7 @@ def trainer_layout(parallel: Parallel) -> Layout:
     rank = layout.rank(
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
     expert_rank = parallel_state.get_expert_model_parallel_rank()
     if rank != dist.get_rank() or layout.expert_rank(rank) != expert_rank:
@@ -63,14 +64,29 @@ def expert_group() -> dist.ProcessGroup:
     return parallel_state.get_expert_model_parallel_group()
 
 
-def data_group(gloo: bool = False) -> dist.ProcessGroup:
-    """This rank's peers in the other replicas; gloo: for Python objects."""
-    return parallel_state.get_data_parallel_group_gloo() if gloo else parallel_state.get_data_parallel_group()
+def context_group() -> dist.ProcessGroup:
+    """Those that share each sequence's tokens with this rank."""
+    return parallel_state.get_context_parallel_group()
+
+
+def data_group() -> dist.ProcessGroup:
+    """This rank's peers in the other replicas, for Python objects: of gloo."""
+    return parallel_state.get_data_parallel_group_gloo()
+
+
+def copies_group() -> dist.ProcessGroup:
+    """Those that hold the same weights as this rank, of all replicas and contexts: gradients are summed over them."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def tensor_place() -> tuple[int, int]:
     """(rank, size) in `tensor_group`."""
     return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+
+
+def context_place() -> tuple[int, int]:
+    """(rank, size) in `context_group`."""
+    return parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
 
 
 def replica() -> tuple[int, int]:
@@ -85,4 +101,4 @@ def is_last_stage() -> bool:
 
 def is_replica_leader() -> bool:
     """The first rank of a data-parallel replica, which speaks for it to the outside."""
-    return dist.get_rank(parallel_state.get_model_parallel_group()) == 0
+    return context_place()[0] == 0 and dist.get_rank(parallel_state.get_model_parallel_group()) == 0

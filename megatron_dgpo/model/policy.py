@@ -9,26 +9,31 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_dgpo.algorithm.objective import LARGEST
-from megatron_dgpo.batch import Batch
 from megatron_dgpo.config import Config
 from megatron_dgpo.config import Optimizer as OptimizerSettings
+from megatron_dgpo.micro_batch import MicroBatch
 from megatron_dgpo.model.collectives import broadcast_from_last_stage
 from megatron_dgpo.model.gpt import HiddenStatesModel, build_chunks, fuse_weight_gradients
-from megatron_dgpo.model.parallel import is_last_stage, tensor_place, trainer_layout
+from megatron_dgpo.model.layer_specs import PackedAttention
+from megatron_dgpo.model.packed import packed_seq_params
+from megatron_dgpo.model.parallel import copies_group, is_last_stage, tensor_place, trainer_layout
 from megatron_dgpo.weights.architectures import Architecture
 from megatron_dgpo.weights.load import load_weights
 
 # (micro-batch, packed hidden states [N, H], head weight [V_padded / tp, H]) ->
-#   (loss sum, integer normaliser, metrics that add up over micro-batches and data-parallel ranks, or largest_ values)
-LossFunction = Callable[[Batch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+#   (loss sum, integer normaliser, metrics that add up over micro-batches, replicas and context, or largest_ values)
+LossFunction = Callable[
+    [MicroBatch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+]
+
+LARGEST = "largest_"
+"""Metrics of this prefix are merged by their maximum; all others are sums."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class Policy:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._gathers_beside_forward = ddp.overlap_param_gather
+        self._together = forward_together(config)
         megatron.grad_scale_func = self.optimizer.scale_loss
 
     def load(self, model_dir: Path) -> None:
@@ -87,22 +93,22 @@ class Policy:
         self.optimizer.reload_model_params()
 
     @torch.no_grad()
-    def forward(self, batches: list[Batch], function: Callable) -> list:
+    def forward(self, batches: list[MicroBatch], function: Callable) -> list:
         """`function(micro-batch, hidden states [N, H], head weight)` of every micro-batch, on the last stage.
 
         Elsewhere an empty list. Keep results small: all stay alive until the last micro-batch is done.
         """
-        return run_schedule(self.chunks, batches, function)
+        return run_schedule(self.chunks, batches, function, together=self._together)
 
-    def step(self, batches: list[Batch], loss_function: LossFunction, more: bool = False) -> StepResult:
-        """One optimizer step on Σ loss / Σ normaliser over micro-batches and data-parallel ranks.
+    def step(self, batches: list[MicroBatch], loss_function: LossFunction, more: bool = False) -> StepResult:
+        """One optimizer step on Σ loss / Σ normaliser over micro-batches, data- and context-parallel ranks.
 
         more: the next call is another step. With `overlap_param_gather` the weights are then still being gathered when
         this one returns: nothing but that step may look at them.
 
-        Collectives: those of Megatron's schedule and gradient reduction, one all-reduce of the metrics over
-        data-parallel ranks and one broadcast of them over the pipeline, one norm of the gradients, and the optimizer's
-        gather of weights.
+        Collectives: those of Megatron's schedule and gradient reduction, one all-reduce of the metrics over replicas
+        and context and one broadcast of them over the pipeline, one norm of the gradients, and the optimizer's gather
+        of weights.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -172,48 +178,66 @@ def _head_weight(chunk: torch.nn.Module) -> torch.nn.Parameter:
     return weight
 
 
+def forward_together(config: Config) -> int:
+    """Micro-batches that run through the model at once where no activations are kept. A pipeline is filled better by
+    many small ones."""
+    return config.batch.forward_micro_batches if config.parallel.pipeline == 1 else 1
+
+
 def run_schedule(
-    chunks: list[torch.nn.Module], batches: list[Batch], function: Callable, backward: bool = False
+    chunks: list[torch.nn.Module],
+    batches: list[MicroBatch],
+    function: Callable,
+    backward: bool = False,
+    together: int = 1,
 ) -> list:
     """Run all micro-batches through the pipeline; returns what `function` gave for each, on the last stage.
 
     With `backward`, function returns (loss sum, normaliser) and gradients are left in the chunks' buffers, divided by
-    the normalisers' sum over micro-batches and data-parallel ranks. All batches have the same [B, S].
+    the normalisers' sum over micro-batches, data- and context-parallel ranks. In a pipeline all have the same T.
+    together: how many run through the model as one, without `backward`; `function` sees them one by one.
     """
     results: list = []
+    groups = [batches[first : first + together] for first in range(0, len(batches), together)]
+    portable = any(isinstance(module, PackedAttention) for module in chunks[0].modules())
 
     def forward_step(iterator, chunk):
-        batch = next(iterator)
-        hidden_states = chunk(batch.tokens, batch.position_ids, None)
+        group, params = next(iterator)
+        tokens = torch.cat([batch.tokens for batch in group], 1)
+        position_ids = torch.cat([batch.position_ids for batch in group], 1)
+        hidden_states = chunk(tokens, position_ids, None, packed_seq_params=params)
 
         def compute(hidden_states):
-            value = function(batch, batch.pack_hidden_states(hidden_states), _head_weight(chunk))
+            parts = zip(group, hidden_states.split([batch.tokens.shape[1] for batch in group]), strict=True)
+            values = [function(batch, batch.predicting(states), _head_weight(chunk)) for batch, states in parts]
             if backward:
-                loss, normaliser = value
+                [(loss, normaliser)] = values
                 return loss, normaliser.to(torch.int), {}
-            results.append(value)
+            results.extend(values)
             return hidden_states.new_zeros(()), torch.ones((), dtype=torch.int, device=hidden_states.device), {}
 
         return hidden_states, compute
 
-    rows, length = batches[0].tokens.shape
+    # Every stage needs the boundaries, not only the first and the last.
+    packed = [(group, packed_seq_params(group, portable)) for group in groups]
     get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+        data_iterator=[iter(packed) for _ in chunks] if len(chunks) > 1 else iter(packed),
         model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(batches),
-        seq_length=length,
-        micro_batch_size=rows,
+        num_microbatches=len(groups),
+        # Megatron divides it by the context-parallel size.
+        seq_length=batches[0].num_positions,
+        micro_batch_size=1,
         forward_only=not backward,
     )
     return results
 
 
 def _over_replicas(collected: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Sums, and the maximum of each `largest_…`. Collectives: one all-reduce over data-parallel ranks, or two."""
+    """Sums, and the maximum of each `largest_…`. Collectives: one all-reduce over replicas and context, or two."""
     names = sorted(collected[0])
     values = torch.stack([torch.stack([metrics[name].double() for name in names]) for metrics in collected])
-    total, group = values.sum(0), parallel_state.get_data_parallel_group()
+    total, group = values.sum(0), copies_group()
     dist.all_reduce(total, group=group)
     largest = [place for place, name in enumerate(names) if name.startswith(LARGEST)]
     if largest:

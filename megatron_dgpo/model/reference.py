@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from megatron_dgpo.batch import Batch, with_known
 from megatron_dgpo.config import Config
+from megatron_dgpo.micro_batch import MicroBatch, with_known
+from megatron_dgpo.model.collectives import own_rows
 from megatron_dgpo.model.gpt import build_chunks
 from megatron_dgpo.model.parallel import tensor_place
-from megatron_dgpo.model.policy import run_schedule
+from megatron_dgpo.model.policy import forward_together, run_schedule
 from megatron_dgpo.weights.architectures import Architecture
 from megatron_dgpo.weights.load import load_weights
 
@@ -22,6 +23,7 @@ class Reference:
             module.requires_grad_(False).eval()
         load_weights(self.modules, architecture, config.model.reference or config.model.path, *tensor_place())
         self._parameters = [parameter for module in self.modules for parameter in module.parameters()]
+        self._together = forward_together(config)
         self._on_host = None
         if config.model.reference_offload:
             pin = torch.cuda.is_available()
@@ -29,14 +31,18 @@ class Reference:
             self._leave_device()
 
     @torch.no_grad()
-    def attach(self, micro_batches: list[Batch]) -> list[Batch]:
+    def attach(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """The same with this model's final hidden states of their response tokens, on the last stage.
 
-        Collective over the replica. 2·H bytes a token in bfloat16, for as long as the micro-batches are kept.
+        Every tensor-parallel rank keeps its share of them, for as long as the micro-batches are kept: 2·H / tp bytes a
+        token in bfloat16. Collective over the replica.
         """
         self._reach_device()
         states = run_schedule(
-            self.modules, micro_batches, lambda batch, hidden_states, head: {"reference_states": hidden_states}
+            self.modules,
+            micro_batches,
+            lambda batch, hidden_states, head: {"reference_states": own_rows(hidden_states, *tensor_place())},
+            together=self._together,
         )
         self._leave_device(keep_head=True)
         return with_known(micro_batches, states)

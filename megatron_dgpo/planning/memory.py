@@ -5,8 +5,8 @@
 [M]  Megatron-Core 0.16: param_and_grad_buffer.py (buffers), distrib_optimizer.py (shards), schedules.py (1F1B).
 [V]  vLLM 0.32: gpu_worker.py (memory), vocab_parallel_embedding.py and linear.py (shards).
 
-Letters: n tokens of a micro-batch, h hidden size, a heads, g query groups, d head dimension, f intermediate size, e
-bytes of an element, t tensor-parallel size.
+Letters: n positions of a micro-batch on one rank, h hidden size, a heads, g query groups, d head dimension, f
+intermediate size, e bytes of an element, t tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from typing import Literal
 
 from megatron_dgpo.config import WeightUpdates
 from megatron_dgpo.layout import Layout, ServerLayout
-from megatron_dgpo.planning.sides import TrainerSide, Workload
+from megatron_dgpo.micro_batch import ROTARY_TABLE_STEP
+from megatron_dgpo.planning.sides import TrainerSide, Workload, micro_batches
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.statistics.vocab_parallel import TILE_BYTES, TILE_ROWS
 from megatron_dgpo.weights.resharding import vllm_parameters, vllm_shape
 from megatron_dgpo.weights.slices import padded_vocab_size
 
 Kernels = Literal["fused", "composite"]
-"""How a norm is computed. fused: it keeps its input (Transformer Engine, or PyTorch on a GPU); composite: it keeps two
-float32 tensors of that size (PyTorch on a CPU)."""
+"""fused: Transformer Engine's. composite: the portable layers on a CPU, whose norms keep two float32 tensors of their
+input's size, whose rotation keeps a cosine and a sine of every position, and whose context-parallel attention keeps all
+keys that a rank meets."""
 
 GIB = 2**30
 # Of what a device's total memory cannot be used for: the CUDA context with its kernels (0.5 GiB of the driver's, 0.5 of
@@ -135,46 +137,53 @@ def _buffer(params: list[tuple[int, bool]], replicas: int) -> tuple[int, list[in
 # Activations
 
 
-def layer_activations(
-    sizes: Sizes, rows: int, length: int, trainer: TrainerSide, e: int, kernels: Kernels = "fused"
-) -> float:
+def layer_activations(sizes: Sizes, n: float, trainer: TrainerSide, e: int, kernels: Kernels = "fused") -> float:
     """Bytes that one decoder layer keeps for its backward pass without full recomputation ([K], equations 1-4).
 
-    rows × length: one micro-batch. Tensor parallelism divides heads and intermediate size, sequence parallelism the
-    norms' tensors. Counted tensor by tensor as autograd keeps them (tests/planning/test_activations.py). Experts get
-    equal shares of the tokens: routing that is uneven needs more.
+    Tensor parallelism divides heads and intermediate size, sequence parallelism the norms' tensors. Counted tensor by
+    tensor as autograd keeps them (tests/planning/test_activations.py). Experts get equal shares of the tokens: routing
+    that is uneven needs more.
     """
     t, h, d = trainer.tensor, sizes.h, sizes.d
-    n = rows * length
     mine = n / t if trainer.sequence else n
     queries, keys = n * sizes.a / t * d, n * sizes.g / t * d
     total = 2 * _norm(mine * h, mine, e, kernels) + 2 * e * mine * h
-    # Queries, keys and values as projected; queries and keys after rotation, with its cosines and sines; the output.
-    total += e * (queries + 2 * keys) + e * (queries + keys) + 4 * length * d * e + e * queries
+    # Norms of heads that keep their input keep the projection, of which the keys are a view, and the queries where they
+    # lie together.
+    views = sizes.qk_norm and (kernels == "fused" or e == 4)
+    # Queries and keys after rotation, and attention's output.
+    kept, projected = 2 * queries + keys, queries + 2 * keys
+    if kernels == "composite":
+        # Cosines and sines, for queries and for keys.
+        kept += 4 * n * d
+    if kernels == "composite" and trainer.recompute != "selective":
+        # The output in pieces, one a sequence.
+        kept += queries
+        if trainer.context > 1:
+            # In place of the own keys, and of the projection's values, those of all positions before each chunk.
+            kept += 2 * trainer.context * keys - (0 if views else projected)
+    total += e * (kept + projected)
     if sizes.qk_norm:
-        # The keys' input is a view of the projection; so are the queries' where they lie together.
-        is_view = kernels == "fused" or e == 4
-        views = is_view * e * (keys + (queries if sizes.a == sizes.g or sizes.g == t else 0))
-        total += _norm(queries, n * sizes.a / t, e, kernels) + _norm(keys, n * sizes.g / t, e, kernels) - views
+        total += _norm(queries, n * sizes.a / t, e, kernels) + _norm(keys, n * sizes.g / t, e, kernels)
+        total -= views * e * (keys + (queries if sizes.a == sizes.g or sizes.g == t else 0))
     if trainer.recompute != "selective":
         total += 4 * n * sizes.a / t  # the softmax's log-sum-exp: FlashAttention keeps no S × S matrix
     if not sizes.experts:
         # fc1's output 2f, silu 1f, the other factor plus its offset 1f, their product 1f.
         return total + 5 * e * n * sizes.f / t
     routed = mine * sizes.top_k
-    # Router: its input and logits in float32. An expert's input, fc1 to product as above, the product times its weight.
-    return total + 4 * mine * (h + 3 * sizes.experts) + e * routed * (h + 6 * sizes.f)
+    # Router: its input and logits in float32, the input a copy unless it is that already. An expert's input, fc1 to
+    # product as above, the product times its weight.
+    return total + 4 * mine * (h * (e == 2) + 3 * sizes.experts) + e * routed * (h + 6 * sizes.f)
 
 
 def chunk_activations(
-    sizes: Sizes, layers: int, rows: int, length: int, trainer: TrainerSide, e: int, kernels: Kernels = "fused"
+    sizes: Sizes, layers: int, n: float, trainer: TrainerSide, e: int, kernels: Kernels = "fused"
 ) -> float:
-    """Bytes that one micro-batch leaves in `layers` layers; fully recomputed, each keeps its input ([K], §4.1) and all
-    keep the rotary angles."""
+    """Bytes that one micro-batch leaves in `layers` layers; fully recomputed, each keeps its input ([K], §4.1)."""
     if trainer.recompute != "full":
-        return layers * layer_activations(sizes, rows, length, trainer, e, kernels)
-    mine = rows * length / (trainer.tensor if trainer.sequence else 1)
-    return layers * e * mine * sizes.h + 4 * length * sizes.d
+        return layers * layer_activations(sizes, n, trainer, e, kernels)
+    return layers * e * n / (trainer.tensor if trainer.sequence else 1) * sizes.h
 
 
 def _norm(numel: float, rows: float, e: int, kernels: Kernels) -> float:
@@ -182,14 +191,14 @@ def _norm(numel: float, rows: float, e: int, kernels: Kernels) -> float:
     return (e if kernels == "fused" else 8) * numel + 4 * rows
 
 
-def in_flight(stage: int, trainer: TrainerSide, micro_batches: int) -> int:
+def in_flight(stage: int, trainer: TrainerSide, count: int) -> int:
     """Largest number of (micro-batch, model chunk) pairs whose activations a stage holds: 1F1B's warm-up and one ([K],
     §4.2.3; [M])."""
     p, v = trainer.pipeline, trainer.chunks
     if p == 1:
         return 1
     warm_up = p - stage - 1 if v == 1 else (p - stage - 1) * 2 + (v - 1) * p
-    return min(warm_up, micro_batches * v) + (1 if micro_batches * v > warm_up else 0)
+    return min(warm_up, count * v) + (1 if count * v > warm_up else 0)
 
 
 def activations(
@@ -197,14 +206,14 @@ def activations(
 ) -> dict[str, float]:
     """Bytes by item of one rank in a training step, beside static memory."""
     e, h, t = work.element_bytes, sizes.h, trainer.tensor
-    n = trainer.micro_batch * work.row_tokens
+    batches = micro_batches(work, trainer)
+    n = batches.most / trainer.context
     mine = n / t if trainer.sequence else n
     per_chunk = sizes.layers // trainer.total_chunks
-    micro_batch = trainer.micro_batch, work.row_tokens, trainer, e, kernels
-    kept = chunk_activations(sizes, per_chunk, *micro_batch)
+    kept = chunk_activations(sizes, per_chunk, n, trainer, e, kernels)
     # What backward recomputes of one layer.
-    again = layer_activations(sizes, *micro_batch) if trainer.recompute == "full" else 0
-    pairs = in_flight(stage, trainer, micro_batches(work, trainer))
+    again = layer_activations(sizes, n, trainer, e, kernels) if trainer.recompute == "full" else 0
+    pairs = in_flight(stage, trainer, batches.count)
     vocab = padded_vocab_size(sizes.vocab, t) // t
     # Backward of SwiGLU: gradients of all it kept; of the layer's input and output; one weight's before it is added to
     # the float32 buffer (gradient_accumulation_fusion is off).
@@ -213,23 +222,31 @@ def activations(
     items = {
         "activations": pairs * kept + again,
         "backward's temporaries": e * (5 * widest + 3 * n * h + weight),
+        "rotary angles": rotary_angles(sizes, work),
         "pipeline messages": 4 * e * mine * h if trainer.pipeline > 1 else 0.0,
         "weight buckets": 2.0 * BUCKET_BYTES,
     }
     if stage == trainer.pipeline - 1:
-        responses = (
-            trainer.micro_batch * work.response_tokens
-            if not work.padded
-            else trainer.micro_batch * (work.max_response_tokens)
-        )
-        # Final norm, states gathered over tensor-parallel ranks and packed, their gradient.
-        items["activations"] += _norm(mine * h, mine, e, kernels) + e * (n + responses) * h
-        # Two tiles of logits, sums of float32 over a tile's rows, the hidden states' gradient, 8 sums a token.
-        items["loss chunk"] = 2 * TILE_BYTES["cuda"] + 4 * TILE_ROWS * h + responses * (e * h + 8 * 4 * (t + 1))
+        # Final norm, states gathered over tensor-parallel ranks and packed, their gradient. Nearly all positions of a
+        # micro-batch can be responses'.
+        items["activations"] += _norm(mine * h, mine, e, kernels) + e * 2 * n * h
+        # Two tiles of logits, sums of float32 over a tile's rows, the hidden states' gradient, 8 sums a token; the
+        # reference's states, gathered.
+        gathered = 2 if work.reference and t > 1 else 1
+        items["loss chunk"] = 2 * TILE_BYTES["cuda"] + 4 * TILE_ROWS * h + n * (gathered * e * h + 8 * 4 * (t + 1))
         if work.reference:
-            # reference.py keeps the packed final states of the whole step, the same on every tensor-parallel rank.
-            items["reference's states"] = work.rows // trainer.data * work.response_tokens * h * e
+            # reference.py keeps final states of one minibatch's responses, a share on each tensor-parallel rank.
+            share = work.rows / work.minibatches / trainer.data * work.response_tokens
+            held = max(share, work.max_response_tokens) / trainer.context / t
+            items["reference's states"] = held * h * e
     return items
+
+
+def rotary_angles(sizes: Sizes, work: Workload) -> float:
+    """Bytes of the tables of float32 angles that Megatron keeps: of policy and reference, for each of the lengths that
+    packed.py rounds to, the last 32 in all."""
+    steps = -(-work.context // ROTARY_TABLE_STEP)
+    return 4.0 * sizes.d * min(32, steps * (1 + work.reference)) * steps * ROTARY_TABLE_STEP
 
 
 def reference_weights(sizes: Sizes, trainer: TrainerSide, stage: int, e: int) -> float:
@@ -240,11 +257,6 @@ def reference_weights(sizes: Sizes, trainer: TrainerSide, stage: int, e: int) ->
         vocab = padded_vocab_size(sizes.vocab, trainer.tensor) // trainer.tensor
         return vocab * sizes.h * e if stage == trainer.pipeline - 1 else 0
     return static_memory(sizes, stage, trainer.layout, False, e).weights
-
-
-def micro_batches(work: Workload, trainer: TrainerSide) -> int:
-    """Of one optimizer step on one replica."""
-    return work.rows // trainer.data // work.minibatches // trainer.micro_batch
 
 
 def trainer_memory(sizes: Sizes, work: Workload, trainer: TrainerSide, stage: int) -> dict[str, float]:
@@ -306,14 +318,15 @@ def checkpoint_memory(sizes: Sizes, work: Workload, trainer: TrainerSide) -> Che
     n = max(static.numel for static in stages)
     # Replicas send each other what they have read, one float32 tensor at a time.
     device = 4.0 * padded_vocab_size(sizes.vocab, trainer.tensor) // trainer.tensor * sizes.h
-    device = device if trainer.data > 1 else 0.0
+    device = device if trainer.copies > 1 else 0.0
     if not trainer.distributed_optimizer:
         # The writer copies weights and optimizer to the host.
         held = float(e * n + max(static.optimizer for static in stages))
         return CheckpointMemory(held, 0.0, held, device)
-    # Master weights and two moments, 4 bytes each: a rank's own share of all three goes to the first replica, which
-    # puts one after the other together out of what arrived, beside its concatenation and the one before.
-    share, whole = 12.0 * n / trainer.data, 12.0 * n
+    # Master weights and two moments, 4 bytes each: a rank's own share of all three goes to the first of those with the
+    # same weights, which puts one after the other together out of what arrived, beside its concatenation and the one
+    # before.
+    share, whole = 12.0 * n / trainer.copies, 12.0 * n
     # Loading makes room twice. Measured with 20 M parameters on two replicas: 30.0, 6.0 and 27.8 bytes for each.
     return CheckpointMemory(whole + share + 3 * 4.0 * n, share, 2 * (whole + e * n), device)
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from megatron_dgpo import legality
 from megatron_dgpo.config import Config
 from megatron_dgpo.layout import Layout, ServerLayout
-from megatron_dgpo.planning import memory, sides, step_time
+from megatron_dgpo.planning import in_flight, memory, sides, step_time
 from megatron_dgpo.planning.hardware import Cluster
+from megatron_dgpo.planning.in_flight import InFlight, recommended
 from megatron_dgpo.planning.memory import GIB
 from megatron_dgpo.planning.sides import RolloutSide, TrainerSide, Workload
 from megatron_dgpo.planning.sizes import Sizes
@@ -24,6 +25,8 @@ MOST_SEQUENCES = 1024
 # COMFORT is no reason to choose one.
 EQUAL = 1.03
 COMFORT = 8 * GIB
+# Plans whose groups in flight are simulated, a second each.
+_SIMULATED = 4
 # Of a shared GPU that neither side may plan with: both grow in their own time.
 SHARED_MARGIN = 0.02
 
@@ -52,18 +55,33 @@ class Plan:
     phases: dict[str, Seconds] | None = None
     problem: str | None = None
     """Why it is refused or does not fit; None: it runs."""
+    in_flight: tuple[InFlight, ...] = ()
+    """Its steps when servers sample ahead, by staleness; empty: they do not."""
+    staleness: int | None = None
+    """The one that a config has set."""
 
     @property
     def step_s(self) -> float:
+        """One phase after the other."""
         return sum(phase.total for phase in self.phases.values())
+
+    @property
+    def sampling_s(self) -> float:
+        """Of these, the servers' own."""
+        return sum(phase.total for name, phase in self.phases.items() if name.startswith("rollout"))
+
+    @property
+    def ahead(self) -> InFlight:
+        """What the config has set of those that were looked at, or else what to choose."""
+        return recommended(self.in_flight) if self.staleness is None else self.in_flight[self.staleness]
 
     @property
     def gpus(self) -> int:
         return self.trainer.world_size + (0 if self.rollout.shared else self.rollout.num_workers)
 
-    def tokens_per_gpu_s(self, work: Workload) -> float:
-        """Prompt and response tokens of a step, by its time and all GPUs."""
-        return work.rows * (work.prompt_tokens + work.response_tokens) / self.step_s / self.gpus
+    def tokens_per_gpu_s(self, work: Workload, step_s: float | None = None) -> float:
+        """Prompt and response tokens of a step, by its time, or `step_s`, and all GPUs."""
+        return work.rows * work.mean_tokens / (step_s or self.step_s) / self.gpus
 
     def peaks(self, stage: int) -> dict[str, float]:
         """{phase: bytes of one GPU of the stage}, a server that shares it included."""
@@ -126,7 +144,7 @@ class Planner:
         for bound, trainer, count, shared in bounds:
             if bound > EQUAL * fastest:
                 break
-            needed = self._ends(trainer) + (memory.ASLEEP_BYTES if shared else 0.0)
+            needed = self._fullest(trainer)[0] + (memory.ASLEEP_BYTES if shared else 0.0)
             if needed <= self.cluster.gpu.memory_bytes:
                 plan = self._plan(trainer, None, gpus, count, shared)
                 if plan.problem is None:
@@ -143,14 +161,36 @@ class Planner:
         trainer, count, shared = closest[1]
         return self._plan(trainer, None, gpus, count, shared)
 
+    def sampling_ahead(self, plan: Plan, most: int, staleness: int | None = None) -> Plan:
+        """The plan, of separate servers, with what a staleness of 0 to `most` makes of its step; `staleness` is set."""
+        setting = self.sizes, self.work, plan.rollout, self.cluster, plan.server.concurrent
+        pushing = plan.phases["weight sync"].total
+        training = plan.step_s - plan.sampling_s - pushing
+        found = tuple(in_flight.simulate(*setting, training, pushing, staleness) for staleness in range(most + 1))
+        return replace(plan, in_flight=found, staleness=staleness or None)
+
+    def best_ahead(self, plans: list[Plan], most: int) -> Plan | None:
+        """Of `search`'s the fastest with a staleness of at most `most`; None where servers are never separate.
+
+        Simulated are those of which the slower side is fastest: neither side's step can take less.
+        """
+
+        def slower_side(plan: Plan) -> float:
+            return max(plan.sampling_s, plan.step_s - plan.sampling_s)
+
+        separate = [plan for plan in plans if plan.problem is None and not plan.rollout.shared]
+        tried = [self.sampling_ahead(plan, most) for plan in sorted(separate, key=slower_side)[:_SIMULATED]]
+        return min(tried, key=lambda plan: plan.ahead.step_s, default=None)
+
     def _lower_bounds(self, gpus: int, placements: tuple[str, ...]) -> Iterator[tuple[float, TrainerSide, int, bool]]:
         """(seconds that no plan of it goes below, trainer, its GPUs, whether they are shared)."""
         architecture, per_node = self.sizes.architecture, self.cluster.gpus_per_node
         for shared, count in self._splits(gpus, placements):
             rollout, server, problem = self._best_rollout(count if shared else gpus - count, shared, OWN_FRACTION)
             sampling = 0.0 if problem else sum(s.total for s in self._rollout_seconds(rollout, server))
-            for trainer in sides.undominated_sides(architecture, self.work, count, per_node):
-                yield sampling + self._trainer_seconds(trainer), trainer, count, shared
+            for trainer, reason in sides.trainer_sides(architecture, self.work, count, per_node, undominated=True):
+                if reason is None:
+                    yield sampling + self._trainer_seconds(trainer), trainer, count, shared
 
     def _trainer_seconds(self, trainer: TrainerSide) -> float:
         setting = self.sizes, self.work, trainer, self.cluster
@@ -261,7 +301,7 @@ class Planner:
         text = f"needs {needed / GIB:.1f} GiB on stage {stage}: {available / GIB:.1f} GiB available"
         names: list[str] = []
         while needed > available:
-            tried = [(self._fullest(changed)[0], name, changed) for name, changed in _changes(trainer)]
+            tried = [(self._fullest(changed)[0], name, changed) for name, changed in _changes(trainer, self.work)]
             if not tried:
                 break
             least, name, changed = min(tried, key=lambda item: item[0])
@@ -274,30 +314,32 @@ class Planner:
         verb, enough = "bring" if len(names) > 1 else "brings", "" if needed <= available else ", still too much"
         return f"{text}; {' and '.join(names)} {verb} it to {needed / GIB:.1f} GiB{enough}"
 
-    def _ends(self, trainer: TrainerSide) -> float:
-        """Bytes of the fuller of the first stage, with the embedding and most activations, and the last, with the head
-        and the loss: seldom less than the fullest of all, and quick for a long pipeline."""
-        ends = {0, trainer.pipeline - 1}
-        return max(sum(memory.trainer_memory(self.sizes, self.work, trainer, stage).values()) for stage in ends)
-
     def _fullest(self, trainer: TrainerSide) -> tuple[float, int]:
-        totals = [sum(items.values()) for items in self._stages(trainer)]
-        return max(totals), totals.index(max(totals))
+        """(bytes, stage) of the first stage, with the embedding and most activations, or the last, with the head and
+        the loss: those between have neither, and fewer micro-batches than the first."""
+        ends = (0, trainer.pipeline - 1)
+        return max(
+            (sum(memory.trainer_memory(self.sizes, self.work, trainer, stage).values()), stage) for stage in ends
+        )
 
 
-def _changes(trainer: TrainerSide) -> list[tuple[str, TrainerSide]]:
+def _changes(trainer: TrainerSide, work: Workload) -> list[tuple[str, TrainerSide]]:
     """Settings that save memory and are not in use, with the layout that each makes."""
     found = []
     if trainer.recompute != "full":
         found.append(("recompute=full", replace(trainer, recompute="full")))
     if not trainer.sequence and trainer.tensor > 1:
         found.append(("sequence=true", replace(trainer, sequence=True)))
-    if not trainer.distributed_optimizer and trainer.data > 1:
+    if not trainer.distributed_optimizer and trainer.copies > 1:
         found.append(("distributed_optimizer=true", replace(trainer, distributed_optimizer=True)))
     if trainer.reference == "device":
         found.append(("reference_offload=true", replace(trainer, reference="host")))
-    if trainer.micro_batch > 1:
-        found.append(("micro_batch_size=1", replace(trainer, micro_batch=1)))
+    least = sides.budgets(work, trainer)[0]
+    if trainer.micro_batch_tokens > least:
+        found.append((f"micro_batch_tokens={least}", replace(trainer, micro_batch_tokens=least)))
+    context = 2 * trainer.context
+    if trainer.data % 2 == 0 and context in sides.contexts(work, context):
+        found.append((f"context={context}", replace(trainer, context=context, data=trainer.data // 2)))
     return found
 
 
@@ -328,8 +370,8 @@ def sides_of(config: Config, gpus: int, gpus_per_node: int) -> tuple[TrainerSide
         TrainerSide.from_config(parallel, ranks),
         distributed_optimizer=parallel.distributed_optimizer,
         recompute=config.model.recompute,
-        reference="none" if config.algorithm.credit == "uniform" else place,
-        micro_batch=config.batch.micro_batch_size,
+        reference=place if config.needs_reference else "none",
+        micro_batch_tokens=config.batch.micro_batch_tokens,
     )
     serving = gpus if shared else gpus - trainer.world_size
     machines = max(1, serving // gpus_per_node)
@@ -349,7 +391,7 @@ def workload_of(config: Config, prompt_tokens: int, response_tokens: int) -> Wor
         rollout.context_tokens - rollout.max_response_tokens,
         rollout.max_response_tokens,
         config.batch.minibatches,
-        config.algorithm.credit != "uniform",
+        config.needs_reference,
         dtype=config.model.dtype,
     )
 
@@ -366,13 +408,14 @@ def settings_of(plan: Plan, work: Workload, gpus_per_node: int) -> dict[str, dic
             "reference_offload": trainer.reference == "host",
         },
         "parallel": parallel,
-        "batch": {"micro_batch_size": trainer.micro_batch, "minibatches": work.minibatches},
+        "batch": {"micro_batch_tokens": trainer.micro_batch_tokens, "minibatches": work.minibatches},
         "algorithm": {"credit": "distribution_guided" if work.reference else "uniform"},
         "rollout": {
             "prompts_per_step": work.prompts,
             "group_size": work.group,
             "max_response_tokens": work.max_response_tokens,
             "context_tokens": work.context,
+            **({"max_staleness": plan.ahead.staleness} if plan.in_flight else {}),
         },
         "servers": {
             # Of one machine.

@@ -14,6 +14,7 @@ from rich.table import Table
 from megatron_dgpo import sbatch
 from megatron_dgpo.config import Config
 from megatron_dgpo.planning.hardware import Cluster
+from megatron_dgpo.planning.in_flight import recommended
 from megatron_dgpo.planning.memory import GIB, CheckpointMemory, checkpoint_memory
 from megatron_dgpo.planning.plan import Plan, settings_of
 from megatron_dgpo.planning.sides import Workload
@@ -27,8 +28,7 @@ def print_job(console: Console, sizes: Sizes, work: Workload, cluster: Cluster, 
     console.print(
         f"{sizes.parameters / 1e9:.1f} B parameters on {gpus} × {cluster.gpu.name}, {cluster.gpus_per_node} a machine: "
         f"{work.prompts} prompts × {work.group} responses a step, prompts of {work.prompt_tokens} tokens (at most "
-        f"{work.max_prompt_tokens}), responses of {work.response_tokens} (at most {work.max_response_tokens}), rows "
-        f"padded to {work.row_tokens}"
+        f"{work.max_prompt_tokens}), responses of {work.response_tokens} (at most {work.max_response_tokens})"
     )
 
 
@@ -62,6 +62,25 @@ def print_layouts(console: Console, plans: list[Plan], work: Workload, cluster: 
             console.print()
 
 
+def print_in_flight(console: Console, plan: Plan, work: Workload) -> None:
+    """What sampling ahead makes of a step, staleness by staleness."""
+    table = _table("servers that sample ahead (rollout.max_staleness), simulated")
+    for name in ("staleness", "step s", "tokens/s/GPU", "ranks wait", "servers decode"):
+        table.add_column(name, justify="right")
+    for one in plan.in_flight:
+        rate = plan.tokens_per_gpu_s(work, one.step_s)
+        cells = f"{one.step_s:.1f}", f"{rate:.0f}", f"{one.ranks_wait:.0%}", f"{one.servers_busy:.0%}"
+        table.add_row(str(one.staleness), *cells)
+    console.print(table)
+    best = recommended(plan.in_flight)
+    if plan.staleness is not None:
+        console.print(
+            f"With the config's rollout.max_staleness={plan.staleness}: {plan.ahead.step_s:.1f} s a step, "
+            f"{plan.tokens_per_gpu_s(work, plan.ahead.step_s):.0f} tokens/s/GPU."
+        )
+    console.print(f"Recommended: rollout.max_staleness={best.staleness}; more gains less than 3 %.\n")
+
+
 def print_plan(console: Console, plan: Plan, sizes: Sizes, work: Workload, cluster: Cluster) -> None:
     """Memory item by item and time phase by phase."""
     console.print(
@@ -90,7 +109,8 @@ def print_plan(console: Console, plan: Plan, sizes: Sizes, work: Workload, clust
     if plan.problem:
         console.print(f"Does not run: {plan.problem}")
         return
-    table = _table(f"{plan.step_s:.1f} s a step, {plan.tokens_per_gpu_s(work):.0f} tokens/s/GPU")
+    one_by_one = ", one phase after the other" if plan.in_flight else ""
+    table = _table(f"{plan.step_s:.1f} s a step, {plan.tokens_per_gpu_s(work):.0f} tokens/s/GPU{one_by_one}")
     table.add_column("phase")
     for name in ("compute", "memory", "network", "bubble", "seconds", "share"):
         table.add_column(name, justify="right")
@@ -189,7 +209,8 @@ def _failures(plans: list[Plan]) -> list[tuple[str, list[Plan]]]:
     shapes: dict[tuple, list[Plan]] = {}
     for plan in plans:
         trainer = plan.trainer
-        shapes.setdefault((trainer.world_size, trainer.tensor, trainer.pipeline, trainer.expert), []).append(plan)
+        shape = trainer.world_size, trainer.tensor, trainer.pipeline, trainer.context, trainer.expert
+        shapes.setdefault(shape, []).append(plan)
     plainest, closest = [], []
     for members in shapes.values():
         failing = [plan for plan in members if plan.problem]

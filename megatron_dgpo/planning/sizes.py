@@ -23,6 +23,10 @@ class Sizes:
         self.top_k = architecture.experts_per_token
         self.f = architecture.expert_ffn_hidden_size or architecture.ffn_hidden_size
         self.qk_norm = architecture.qk_norm
+        self.attention_weights, self.active_mlp_weights = (
+            architecture.attention_weights,
+            architecture.active_mlp_weights,
+        )
         first = "decoder.layers.0."
         named = [(name[len(first) :], name) for name in architecture.parameters if name.startswith(first)]
         self._layer = sorted(named, key=lambda item: _module_place(item[0]))
@@ -31,16 +35,6 @@ class Sizes:
     def parameters(self) -> int:
         """Of the whole model."""
         return sum(math.prod(shape) for shape in self.architecture.hf_shapes.values())
-
-    @property
-    def attention_weights(self) -> int:
-        """Of one layer's projections."""
-        return self.h * (self.a + 2 * self.g) * self.d + self.a * self.d * self.h
-
-    @property
-    def active_mlp_weights(self) -> int:
-        """Of one layer that a token meets."""
-        return 3 * self.h * self.f * (self.top_k or 1) + self.h * self.experts
 
     @property
     def kv_bytes(self) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from megatron_dgpo.planning import memory
 from megatron_dgpo.planning.hardware import Cluster
-from megatron_dgpo.planning.sides import RolloutSide, TrainerSide, Workload
+from megatron_dgpo.planning.sides import RolloutSide, TrainerSide, Workload, micro_batches
 from megatron_dgpo.planning.sizes import Sizes
 
 # Points at which the shrinking batch of a rollout is evaluated.
@@ -55,10 +55,10 @@ class Seconds:
 def layer_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster, backward: bool) -> Seconds:
     """One decoder layer's forward or backward pass for one micro-batch on one rank ([K], appendix A and §4.2)."""
     t, h, e = trainer.tensor, sizes.h, work.element_bytes
-    n = trainer.micro_batch * work.row_tokens
+    n = micro_batches(work, trainer).positions / trainer.context
     mine, gpu, reached = n / t, cluster.gpu, cluster.efficiencies
-    # Multiplications and additions: 2 a weight and token; attention meets half of the positions before it.
-    attention = 2 * 2 * n * work.row_tokens / 2 * sizes.a * sizes.d / t
+    # Multiplications and additions: 2 a weight and position, and 2 in each of attention's two products.
+    attention = 2 * 2 * attention_pairs(work, trainer) * sizes.a * sizes.d / t
     products = 2 * n * sizes.attention_weights / t / (gpu.flops * reached.gemm)
     mlp_share = reached.grouped_gemm if sizes.experts else reached.gemm
     products += 2 * n * sizes.active_mlp_weights / t / (gpu.flops * mlp_share)
@@ -79,14 +79,37 @@ def layer_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Clus
         reach = trainer.expert
         away = (reach - 1) / reach
         network += 2 * e * mine * sizes.top_k * h * away / cluster.bandwidth(reach)
+    # Keys and values of the other context-parallel ranks; in backward their gradients, too.
+    keys = 2 * n * sizes.g * sizes.d / t * (trainer.context - 1)
+    network += e * keys * (2 if backward else 1) / cluster.bandwidth(t * trainer.context)
     return Seconds(compute, reading, network)
 
 
+def attention_pairs(work: Workload, trainer: TrainerSide) -> float:
+    """Pairs of a position and one before it, in its sequence, that one rank answers for in a micro-batch. Padding at
+    the end of a pack is a sequence, too."""
+    batches = micro_batches(work, trainer)
+    pairs = batches.sequences * work.mean_square_tokens + (batches.positions - batches.tokens) ** 2
+    return pairs / 2 / trainer.context
+
+
+def imbalance(sizes: Sizes, work: Workload, trainer: TrainerSide) -> float:
+    """The slowest replica's time over their mean: a replica has at least the longest sequence of an optimizer step. In
+    a pipeline the positions of a micro-batch say so already."""
+    if trainer.pipeline > 1:
+        return 1.0
+    sequences = work.rows / work.minibatches
+    weights, width = sizes.attention_weights + sizes.active_mlp_weights, sizes.a * sizes.d
+    longest = work.longest_of(sequences)
+    mean = sequences / trainer.data * (weights * work.mean_tokens + width * work.mean_square_tokens)
+    return max(1.0, longest * (weights + width * longest) / mean)
+
+
 def head_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster, backward: bool) -> Seconds:
-    """The loss's logits of one micro-batch [D]: 2·h·V a token for the policy and for a reference, and 6·h·V in
-    backward, where the policy's are made again; each product's float32 tile is written and read."""
-    tokens = trainer.micro_batch * work.response_tokens
-    models = 1 + work.reference
+    """The loss's logits of one micro-batch [D]: 2·h·V a token for the policy, and in an update 2·h·V for a reference
+    and 6·h·V backward, where the policy's are made again; each product's float32 tile is written and read."""
+    tokens = micro_batches(work, trainer).sequences * work.response_tokens / trainer.context
+    models = 1 + (work.reference and backward)
     columns = sizes.vocab / trainer.tensor
     operations = tokens * sizes.h * columns * (2 * models + 6 * backward)
     touched = tokens * columns * (8 * models + 14 * backward)
@@ -105,9 +128,9 @@ def pipeline_time(micro_batch: Seconds, last: Seconds, trainer: TrainerSide, cou
 
 
 def _message(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster) -> float:
-    n = trainer.micro_batch * work.row_tokens
+    n = micro_batches(work, trainer).positions / trainer.context
     share = trainer.tensor if trainer.sequence else 1
-    # The next stage is tensor × data ranks away.
+    # The next stage is tensor × copies ranks away.
     away = trainer.stage_size >= cluster.gpus_per_node
     return work.element_bytes * n / share * sizes.h / cluster.bandwidth(cluster.gpus_per_node + 1 if away else 1)
 
@@ -115,21 +138,22 @@ def _message(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluste
 def forward_time(
     sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster, head: Seconds | None = None
 ) -> Seconds:
-    """All rows of a step through the pipeline without gradients."""
+    """All sequences of a step through the pipeline without gradients, one minibatch after the other."""
     layers = sizes.layers / trainer.pipeline
     stage = layer_time(sizes, work, trainer, cluster, False) * layers
-    count = memory.micro_batches(work, trainer) * work.minibatches
-    return pipeline_time(stage, head or Seconds(), trainer, count, _message(sizes, work, trainer, cluster))
+    message, count = _message(sizes, work, trainer, cluster), micro_batches(work, trainer).count
+    one = pipeline_time(stage, head or Seconds(), trainer, count, message)
+    return one * (work.minibatches * imbalance(sizes, work, trainer))
 
 
 def reference_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster) -> Seconds:
-    """Hidden states of all rows; offloaded weights come over PCIe first."""
+    """Hidden states of all sequences; offloaded weights come over PCIe for every minibatch."""
     if not work.reference:
         return Seconds()
     loading = 0.0
     if trainer.reference == "host":
         weights = memory.static_memory(sizes, 0, trainer.layout, False, work.element_bytes).weights
-        loading = weights / cluster.efficiencies.pcie_bandwidth
+        loading = work.minibatches * weights / cluster.efficiencies.pcie_bandwidth
     return forward_time(sizes, work, trainer, cluster) + Seconds(memory=loading)
 
 
@@ -149,22 +173,20 @@ def update_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Clu
         layer += forward
     elif trainer.recompute == "selective":
         # Attention's core once more.
-        n = trainer.micro_batch * work.row_tokens
-        core = 2 * n * work.row_tokens * sizes.a * sizes.d / trainer.tensor
+        core = 2 * 2 * attention_pairs(work, trainer) * sizes.a * sizes.d / trainer.tensor
         layer += Seconds(core / (cluster.gpu.flops * cluster.efficiencies.attention))
     stage = layer * (sizes.layers / trainer.pipeline)
     head = head_time(sizes, work, trainer, cluster, True)
-    count = memory.micro_batches(work, trainer)
-    message = 2 * _message(sizes, work, trainer, cluster)
-    one = pipeline_time(stage, head, trainer, count, message) + optimizer_time(sizes, work, trainer, cluster)
-    return one * work.minibatches
+    message, count = 2 * _message(sizes, work, trainer, cluster), micro_batches(work, trainer).count
+    one = pipeline_time(stage, head, trainer, count, message) * imbalance(sizes, work, trainer)
+    return (one + optimizer_time(sizes, work, trainer, cluster)) * work.minibatches
 
 
 def optimizer_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster) -> Seconds:
-    """Reduction of float32 gradients over replicas, not overlapped (all-reduce, or reduce-scatter and all-gather of the
-    weights), then Adam: gradients, master weights and moments read, all but the first written."""
+    """Reduction of float32 gradients over all copies of the weights, not overlapped (all-reduce, or reduce-scatter and
+    all-gather of the weights), then Adam: gradients, master weights and moments read, all but the first written."""
     static = memory.static_memory(sizes, 0, trainer.layout, trainer.distributed_optimizer, work.element_bytes)
-    ways = (trainer.data - 1) / trainer.data
+    ways = (trainer.copies - 1) / trainer.copies
     traffic = ways * (static.gradients + static.weights if trainer.distributed_optimizer else 2 * static.gradients)
     # Several tensor-parallel ranks of a machine each run their own ring: every one has its own network card.
     network = traffic / cluster.bandwidth(trainer.stage_size)
@@ -205,9 +227,8 @@ def rollout_time(
 ) -> tuple[Seconds, Seconds]:
     """(prefill, decoding) of a step's responses, spread evenly over servers that decode `concurrent` sequences at once.
 
-    Lengths of responses are such that the share still running after k of R tokens is 1 − (k/R)^c, with c set by their
-    mean. While more wait, a server's batch is full; the last batch then shrinks to its longest response (the tail). A
-    group's prompt is computed once (prefix caching).
+    While more wait, a server's batch is full; the last batch then shrinks to its longest response (the tail), by the
+    distribution of lengths (sides.py). A group's prompt is computed once (prefix caching).
     """
     if concurrent < 1:
         raise ValueError("a server needs room for one sequence")
@@ -224,10 +245,9 @@ def rollout_time(
     if sequences > batch:
         steps = (sequences - batch) * mean / batch
         decoding += decode_time(sizes, rollout, cluster, batch, work.prompt_tokens + mean / 2) * steps
-    shape = mean / (longest - mean) if longest > mean else None
     for point in range(_POINTS):
         done = (point + 0.5) / _POINTS
-        alive = 1.0 if shape is None else 1 - done**shape
+        alive = 1 - done**work.exponent
         at = decode_time(sizes, rollout, cluster, max(1.0, batch * alive), work.prompt_tokens + done * longest)
         decoding += at * (longest / _POINTS)
     return prefill, decoding

@@ -49,6 +49,23 @@ class Score:
         return self.failure.partition(":")[0] if self.failure else None
 
 
+@dataclass(eq=False)
+class Job:
+    """Gradings that belong together."""
+
+    items: Sequence[tuple[str, str, dict]]
+    """(response, answer, row)"""
+    scores: list[Score | None]
+    """None: not yet."""
+    waiting: deque[int]
+    """Places of those that no worker has begun."""
+    timeouts: int = 0
+
+    def __post_init__(self) -> None:
+        self.missing = len(self.items)
+        """Without a score."""
+
+
 class GraderPool:
     """`reward.workers` processes that run `reward.grader`; a context manager, for one thread.
 
@@ -63,6 +80,7 @@ class GraderPool:
         self._failed_starts = 0
         self.failures: Counter[str] = Counter()
         """Samples without a reward so far, by kind."""
+        self._jobs: list[Job] = []
         self._workers: list[_Worker] = []
         try:
             for _ in range(config.workers):
@@ -96,7 +114,7 @@ class GraderPool:
         Raises RuntimeError when the graders, which started before, cannot be started any more.
         """
         scores = self._grade(items)
-        self._report(scores, range(len(items)) if prompt_indices is None else prompt_indices)
+        self.report(scores, range(len(items)) if prompt_indices is None else prompt_indices)
         return scores
 
     def unusable(self, answers: Sequence[str]) -> dict[int, str]:
@@ -115,31 +133,53 @@ class GraderPool:
         }
 
     def _grade(self, items: Sequence[tuple[str, str, dict]]) -> list[Score]:
-        scores: list[Score | None] = [None] * len(items)
-        waiting = deque(range(len(items)))
+        job = self.add(items)
+        while job.missing:
+            self.proceed()
+        return cast(list[Score], job.scores)
+
+    def add(self, items: Sequence[tuple[str, str, dict]]) -> Job:
+        """Grade these (response, answer, row) with the following calls of `proceed`, beside what is there already."""
+        job = Job(items, [None] * len(items), deque(range(len(items))))
+        self._jobs.append(job)
+        return job
+
+    def proceed(self, also: Connection | None = None) -> None:
+        """Give idle workers something to do and wait until one of them says something, is too late, or has nothing to
+        do; or until `also` can be read.
+
+        Raises RuntimeError as `score` does.
+        """
         try:
-            while waiting or any(worker.item is not None for worker in self._workers):
-                for worker in self._workers:
-                    if waiting and worker.idle:
-                        if worker.give(items[waiting[0]], self._config.timeout_s):
-                            worker.item = waiting.popleft()
-                        else:
-                            self._replace(worker)
-                for item, score in self._wait():
-                    scores[item] = score
-                if self._failed_starts >= _MAX_FAILED_STARTS:
-                    raise RuntimeError(self._start_failure)
+            self._jobs = [job for job in self._jobs if job.missing]
+            for worker in self._workers:
+                waiting = [job for job in self._jobs if job.waiting]
+                if waiting and worker.idle:
+                    # Those with graders that hang come after all others, whom they would hold up.
+                    job = min(waiting, key=lambda job: job.timeouts)
+                    if worker.give(job.items[job.waiting[0]], self._config.timeout_s):
+                        worker.item = job, job.waiting.popleft()
+                    else:
+                        self._replace(worker)
+            for job, place, score in self._wait(also):
+                job.scores[place] = score
+                job.missing -= 1
+                job.timeouts += score.failure_kind == "timeout"
+            if self._failed_starts >= _MAX_FAILED_STARTS:
+                raise RuntimeError(self._start_failure)
         except BaseException:
             # Answers that nobody waited for would be taken for the next call's.
             self.close()
             raise
-        return cast(list[Score], scores)
 
-    def _wait(self) -> list[tuple[int, Score]]:
-        """Wait until a worker says something or is too late; returns the (item, score) pairs that this brought."""
+    def _wait(self, also: Connection | None = None) -> list[tuple[Job, int, Score]]:
+        """Wait until a worker says something or is too late; returns what was scored: (job, place in it, score)."""
         involved = [worker for worker in self._workers if not worker.idle]
-        patience = min(worker.deadline for worker in involved) - time.monotonic()
-        spoke = wait([worker.connection for worker in involved], max(0.0, patience))
+        if not involved and not also:
+            return []
+        patience = min(worker.deadline for worker in involved) - time.monotonic() if involved else None
+        heard: list = [worker.connection for worker in involved]
+        spoke = wait([*heard, also] if also else heard, None if patience is None else max(0.0, patience))
         now = time.monotonic()
         scored = []
         for worker in involved:
@@ -157,7 +197,7 @@ class GraderPool:
                 continue
             if worker.item is not None:
                 score = Score(float(value)) if kind == "reward" else Score(0.0, f"{kind}: {value}")
-                scored.append((worker.item, score))
+                scored.append((*worker.item, score))
                 worker.item = None
             else:
                 self._failed_starts += 1
@@ -172,7 +212,8 @@ class GraderPool:
         worker.kill()
         self._workers[self._workers.index(worker)] = _Worker(self._config.grader)
 
-    def _report(self, scores: Sequence[Score], indices: Sequence[int]) -> None:
+    def report(self, scores: Sequence[Score], indices: Sequence[int]) -> None:
+        """Count and log those without a reward. indices: of their prompts."""
         failed = [(index, score) for index, score in zip(indices, scores, strict=True) if score.failure]
         self.failures.update(score.failure_kind or "" for _, score in failed)
         for index, score in failed[:_LOGGED_FAILURES]:
@@ -199,7 +240,7 @@ class _Worker:
             )
         self.connection = Connection(ours.detach())
         self.ready = False
-        self.item: int | None = None
+        self.item: tuple[Job, int] | None = None
         self._given = time.monotonic()
         self._processor_s = 0.0
         """Processor time of the process when the item was given."""

@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import copy
+import itertools
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import httpx
+import msgspec
 
 from megatron_dgpo.config import Config
-from megatron_dgpo.rollout import server
-from megatron_dgpo.rollout.response import Prompt, Response
+from megatron_dgpo.rollout import guard, server
+from megatron_dgpo.rollout.response import NO_VERSION, Prompt, Response
+
+T = TypeVar("T")
 
 _POLL_S = 0.25
 _FILES = 2**16
 
 # Longest waits for what has no setting, because it takes no longer with a larger model or batch: a server that is up
 # answers, and pauses after the step that it is in.
-_CONNECT_S = 30
+CONNECT_S = 30
 _HEALTH_S = 30
 _CONTROL_S = 60
 # A worker's weights go to fresh, pinned host memory, about 1 GB/s, or come back.
 _SLEEP_S = 180
 # A server that did not answer is not waited for again, but does what it was sent when it is free.
 _PARTING_S = 5
+FIRST = -1
+"""Priority of what ranks wait for, before what is sampled to be trained on, which has 0."""
+
+ENDS = ("stop", "length")
+"""Of a response that is whole."""
 
 BROKEN = "broken"
 """Weight version of a server whose last update broke off: some of its layers may be of the one before."""
@@ -34,6 +45,41 @@ BROKEN = "broken"
 
 class EngineError(RuntimeError):
     """A server did not do what it was asked; names its address and the request."""
+
+
+class Span(msgspec.Struct):
+    version: str
+    start: int
+    end: int
+
+
+class Logprob(msgspec.Struct):
+    logprob: float
+
+
+class Logprobs(msgspec.Struct):
+    content: list[Logprob]
+
+
+class Choice(msgspec.Struct):
+    """Of a reply of /inference/v1/generate, as far as it is read."""
+
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: Logprobs
+    weight_versions: list[Span] | None
+
+    def response(self, prompt: Prompt) -> Response:
+        return Response(
+            prompt=prompt,
+            token_ids=self.token_ids,
+            logprobs=[entry.logprob for entry in self.logprobs.content],
+            finish_reason=self.finish_reason,
+            versions=[
+                [int(span.version) if span.version.isdigit() else NO_VERSION, span.start, span.end]
+                for span in self.weight_versions or [Span("", 0, len(self.token_ids))]
+            ],
+        )
 
 
 class _Call(NamedTuple):
@@ -85,6 +131,12 @@ class Engines:
             config.servers.start_timeout_s,
         )
 
+    def only(self, addresses: list[str]) -> Engines:
+        """Some of them."""
+        some = copy.copy(self)
+        some.addresses = addresses
+        return some
+
     def wait_until_healthy(self) -> None:
         deadline = time.monotonic() + self._start_s
         for address in self.addresses:
@@ -105,13 +157,11 @@ class Engines:
         temperature: float,
         max_tokens: int,
         seeds: list[int],
-        places: Sequence[int] | None = None,
     ) -> list[Response]:
         """`n` responses to each prompt, consecutive, in the order of the prompts, spread over the servers.
 
         temperature 0 is greedy. seeds: one for each prompt, below 2**31. The same seeds, weights and batch of requests
-        give the same responses. places: of the prompts among those of all replicas, which ask at the same time, so that
-        together they use all servers alike; default: nobody else asks.
+        give the same responses.
         """
         sampling = {
             "n": n,
@@ -122,10 +172,8 @@ class Engines:
             "detokenize": False,
         }
         calls = []
-        places = range(len(prompts)) if places is None else places
-        for prompt, seed, place in zip(prompts, seeds, places, strict=True):
+        for prompt, seed, address in zip(prompts, seeds, itertools.cycle(self.addresses), strict=False):
             body = {"token_ids": prompt.token_ids, "sampling_params": sampling | {"seed": seed}}
-            address = self.addresses[place % len(self.addresses)]
             calls.append(_Call("POST", address, "/inference/v1/generate", self._timeout_s, body))
         return [
             _sample(prompt, choice)
@@ -133,13 +181,27 @@ class Engines:
             for choice in sorted(reply["choices"], key=lambda choice: choice["index"])
         ]
 
-    def prompt_logprobs(self, address: str, token_ids: list[int]) -> list[float]:
-        """log π(token | those before it) of every token but the first, at temperature 1, recomputed."""
-        sampling = {"prompt_logprobs": 0, "max_tokens": 1, "temperature": 0, "detokenize": False}
-        body = {"token_ids": token_ids, "sampling_params": sampling}
-        [reply] = self._call(_Call("POST", address, "/inference/v1/generate", self._timeout_s, body))
-        entries = reply["prompt_logprobs"][1:]
-        return [entry[str(token)]["logprob"] for entry, token in zip(entries, token_ids[1:], strict=True)]
+    def instances(self, timeout_s: float) -> tuple[dict[str, str], list[EngineError]]:
+        """By address, of each server whose workers answer: what tells it from one that is started in its place.
+
+        And why the others do not. /health would not do: it answers for an engine that hangs.
+        """
+
+        def ask(address: str) -> str | EngineError:
+            try:
+                call = _workers_call(address, "instance")._replace(timeout_s=timeout_s)
+                return " ".join(self._call(call)[0]["results"])
+            except EngineError as error:
+                return error
+
+        answers = dict(zip(self.addresses, self._each(ask), strict=True))
+        found = {address: answer for address, answer in answers.items() if isinstance(answer, str)}
+        return found, [answer for answer in answers.values() if isinstance(answer, EngineError)]
+
+    def end(self, address: str) -> None:
+        """Ask for the end of a server, so that its launcher starts it anew; it may be gone, or past hearing."""
+        with contextlib.suppress(EngineError):
+            self._call(_Call("POST", address, guard.EXIT, _PARTING_S))
 
     def weight_version(self, address: str) -> str:
         return self._call(_Call("GET", address, "/weight_info", _CONTROL_S))[0]["weight_version"]
@@ -168,9 +230,9 @@ class Engines:
         self._call(*(_Call("POST", address, path, self._update_s, {"init_info": info}) for address, info in calls))
 
     def start_weight_update(self) -> None:
-        """Requests in flight are kept and go on after the update, their KV cache computed anew.
+        """Requests in flight are kept and go on after `resume`, their KV cache computed anew.
 
-        Whatever breaks the update off, `abandon_weight_update` must follow: servers stay paused until then.
+        Whatever breaks the update off, another one or `abandon_weight_update` must follow: servers stay paused.
         """
         self._post_to_all("/pause?mode=keep&clear_cache=true", _CONTROL_S)
         # To vLLM one that broke off, of a trainer that is gone perhaps, is still under way.
@@ -187,7 +249,32 @@ class Engines:
         for address, reply in zip(self.addresses, replies, strict=True):
             if not reply["success"]:
                 raise EngineError(f"{address} kept its prefix cache after a weight update: old keys would be reused")
-        self._post_to_all("/resume", _CONTROL_S)
+
+    def resume(self, probes: Sequence[list[int]] = ()) -> list[list[list[float]]]:
+        """Serve again; [server][probe][token]: log π(token | those before it) of all but the first, at temperature 1.
+
+        The probes are there before a paused server is resumed, and so computed before the requests in flight. Sent to a
+        full server they would wait for a place, for a minute perhaps.
+        """
+        sampling = {"prompt_logprobs": 0, "max_tokens": 1, "temperature": 0, "detokenize": False}
+        path, bodies = "/inference/v1/generate", [{"token_ids": p, "sampling_params": sampling} for p in probes]
+        replies = self._call(
+            *(
+                _Call("POST", a, path, self._update_s, body | {"priority": FIRST})
+                for a in self.addresses
+                for body in bodies
+            ),
+            meanwhile=(
+                # A round trip, in which the server takes what was sent before it.
+                [_Call("GET", address, "/health", _HEALTH_S) for address in self.addresses],
+                [_Call("POST", address, "/resume", _CONTROL_S) for address in self.addresses],
+            ),
+        )
+        scores = [
+            _prompt_logprobs(reply, probe)
+            for reply, probe in zip(replies, list(probes) * len(self.addresses), strict=True)
+        ]
+        return [scores[i * len(probes) : (i + 1) * len(probes)] for i in range(len(self.addresses))]
 
     def abandon_weight_update(self) -> list[str]:
         """After a failure: servers leave the update and serve again, with weights of version BROKEN.
@@ -199,6 +286,7 @@ class Engines:
         def leave(address: str) -> str | None:
             failure = None
             for call in (
+                _Call("GET", address, "/health", _HEALTH_S),
                 _workers_call(address, "abandon_update"),
                 _Call("POST", address, "/update_weight_version", _CONTROL_S, {"new_version": BROKEN}),
                 # It may have been updated in its sleep. This resumes, too, and only a server that is all awake.
@@ -210,21 +298,33 @@ class Engines:
                     failure = failure or str(error)
             return failure
 
-        with ThreadPoolExecutor(len(self.addresses)) as pool:
-            return [failure for failure in pool.map(leave, self.addresses) if failure]
+        return [failure for failure in self._each(leave) if failure]
 
     def release_weight_transfer(self) -> None:
-        """Workers leave the group that they share with the trainer, if any."""
-        self._post_to_all("/shutdown_weight_transfer_engine", _CONTROL_S)
+        """Workers leave the group that they share with the trainer, if any; those of a server that is gone have."""
+
+        def release(address: str) -> None:
+            with contextlib.suppress(EngineError):
+                self._call(_Call("POST", address, "/shutdown_weight_transfer_engine", _CONTROL_S))
+
+        self._each(release)
+
+    def _each(self, ask: Callable[[str], T]) -> list[T]:
+        """What `ask` returns for each address, asked at once: one's failure is not the others'."""
+        with ThreadPoolExecutor(max(1, len(self.addresses))) as pool:
+            return list(pool.map(ask, self.addresses))
 
     def _post_to_all(self, path: str, timeout_s: float, body: dict | None = None) -> list[dict]:
         return self._call(*(_Call("POST", address, path, timeout_s, body) for address in self.addresses))
 
-    def _call(self, *calls: _Call) -> list[dict]:
-        """All at once; their replies in order. The first failure cancels the rest."""
+    def _call(self, *calls: _Call, meanwhile: Sequence[list[_Call]] = ()) -> list[dict]:
+        """All at once; their replies in order. The first failure cancels the rest.
+
+        meanwhile: list by list, one after the other, while `calls` are under way.
+        """
 
         async def gather() -> list[dict]:
-            free = asyncio.Semaphore(_connections())
+            free = asyncio.Semaphore(connections())
             async with httpx.AsyncClient(
                 headers=self._headers,
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
@@ -234,6 +334,8 @@ class Engines:
             ) as http:
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(self._request(http, call, free)) for call in calls]
+                    for stage in meanwhile:
+                        await asyncio.gather(*(self._request(http, call, free) for call in stage))
                 return [task.result() for task in tasks]
 
         try:
@@ -246,7 +348,7 @@ class Engines:
         place = f"{call.address}{call.path}"
         try:
             async with free:
-                limits = httpx.Timeout(call.timeout_s, connect=min(call.timeout_s, _CONNECT_S))
+                limits = httpx.Timeout(call.timeout_s, connect=min(call.timeout_s, CONNECT_S))
                 reply = await http.request(call.method, place, json=call.body, timeout=limits)
         except httpx.TimeoutException:
             raise EngineError(f"{place} did not answer within {call.timeout_s:g} s") from None
@@ -261,7 +363,7 @@ def _workers_call(address: str, method: str) -> _Call:
     return _Call("POST", address, "/collective_rpc", _CONTROL_S, {"method": method})
 
 
-def _connections() -> int:
+def connections() -> int:
     """How many may be open at once: half of this process's files, of which it may have as many as the system allows.
 
     A request beyond them would fail as if its server were gone.
@@ -272,14 +374,12 @@ def _connections() -> int:
     return files // 2
 
 
+def _prompt_logprobs(reply: dict, token_ids: list[int]) -> list[float]:
+    entries = zip(reply["prompt_logprobs"][1:], token_ids[1:], strict=True)
+    return [entry[str(token)]["logprob"] for entry, token in entries]
+
+
 def _sample(prompt: Prompt, choice: dict) -> Response:
-    if choice["finish_reason"] not in ("stop", "length"):
+    if choice["finish_reason"] not in ENDS:
         raise EngineError(f"a response to problem {prompt.index} ended with {choice['finish_reason']}")
-    spans = choice["weight_versions"] or [{"version": "-1"}]
-    return Response(
-        prompt=prompt,
-        token_ids=choice["token_ids"],
-        logprobs=[entry["logprob"] for entry in choice["logprobs"]["content"]],
-        finish_reason=choice["finish_reason"],
-        weight_version=int(spans[0]["version"]) if spans[0]["version"].lstrip("-").isdigit() else -1,
-    )
+    return msgspec.convert(choice, Choice).response(prompt)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import socket
 from multiprocessing import resource_tracker
 from typing import Any
 
 from megatron_dgpo import stop
+from megatron_dgpo.weight_sync import BACKEND
 
-BACKEND = "megatron_dgpo"
-"""Its name among vLLM's: `--weight-transfer-config '{"backend": "megatron_dgpo"}'`."""
+_INSTANCE = secrets.token_hex(8)
 
 
 def register() -> None:
@@ -39,6 +40,10 @@ class WorkerMethods:
     vllm_config: Any
     model_runner: Any
     _weight_update_active: bool
+
+    def instance(self) -> str:
+        """Another one in a server that was started in place of this one."""
+        return _INSTANCE
 
     def received_checksums(self) -> dict[str, int]:
         return getattr(self.weight_transfer_engine, "checksums", {})

@@ -1,13 +1,17 @@
-"""Responses in files: what a run keeps of them, and what another run trains on instead of sampling."""
+"""Responses in files: what a run keeps of its steps to be looked at, and what another trains on instead of sampling."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Iterable
+from itertools import repeat
 from pathlib import Path
 
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.rollout.response import Prompt, Response
+
+_FIELDS = [field.name for field in dataclasses.fields(Response) if field.name != "prompt"]
 
 
 def file_of_step(folder: Path, step: int, replica: int) -> Path:
@@ -15,43 +19,57 @@ def file_of_step(folder: Path, step: int, replica: int) -> Path:
     return folder / f"step_{step:08d}.{replica}.jsonl"
 
 
-def write_responses(file: Path, responses: list[Response]) -> None:
-    """One JSON object a line; log-probs survive exactly."""
+def remove_beyond(folder: Path, step: int, replicas: int) -> None:
+    """What more replicas than these have recorded of the step, responses and credit."""
+    for file in folder.glob(f"step_{step:08d}.*.*"):
+        if int(file.name.split(".")[1]) >= replicas:
+            file.unlink()
+
+
+def as_row(response: Response) -> dict:
+    """All of it but its prompt, as JSON holds it; log-probs survive exactly."""
+    return {name: getattr(response, name) for name in _FIELDS}
+
+
+def of_row(prompt: Prompt, row: dict) -> Response:
+    return Response(prompt=prompt, **{name: row[name] for name in _FIELDS})
+
+
+def write_responses(file: Path, responses: list[Response], positions: Iterable[int] | None = None) -> None:
+    """One JSON object a line. positions: of each response's group in the run's order of prompts, if it has one."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    places: Iterable[dict] = ({"position": position} for position in positions) if positions else repeat({})
     with file.open("w") as stream:
-        for response in responses:
-            row = {field.name: getattr(response, field.name) for field in dataclasses.fields(response)}
-            prompt = {"prompt": response.prompt.index, "question": response.prompt.text}
-            stream.write(json.dumps(row | prompt | {"answer": response.prompt.answer}) + "\n")
+        for response, place in zip(responses, places, strict=False):
+            prompt = response.prompt
+            row = {"prompt": prompt.index, "question": prompt.text, "answer": prompt.answer}
+            stream.write(json.dumps(place | as_row(response) | row) + "\n")
 
 
-def recorded_responses(
-    folder: Path, step: int, prompts: list[Prompt], places: range, group_size: int
-) -> list[Response]:
-    """What another run recorded in a step for the prompts at `places`, whatever its data-parallel size was.
+def recorded_groups(
+    folder: Path, step: int, prompt_at: Callable[[int], Prompt], group_size: int, expected: range | None
+) -> dict[int, list[Response]]:
+    """What another run recorded of a step, by position, whatever its data-parallel size was.
 
-    prompts: of all replicas. Raises UsageError where a group is not there.
+    prompt_at: of each position. expected: the positions, where they are known before. Raises UsageError where it
+    recorded something else.
     """
     recorded: dict[int, list[dict]] = {}
-    for file in sorted(folder.glob(f"step_{step:08d}.*.jsonl"), key=lambda file: int(file.name.split(".")[1])):
-        for line in file.read_text().splitlines():
-            row = json.loads(line)
-            recorded.setdefault(row["prompt"], []).append(row)
-    found = []
-    for place, prompt in enumerate(prompts):
-        # A problem met twice in a step (at the turn of an epoch) has two groups, in order, whoever holds them.
-        rows = recorded.get(prompt.index, [])
-        if len(rows) < group_size:
+    for file in folder.glob(f"step_{step:08d}.*.jsonl"):
+        for row in map(json.loads, file.read_text().splitlines()):
+            recorded.setdefault(row["position"], []).append(row)
+    advice = "replay needs the seed, data and rollout settings of the run that recorded"
+    if expected and recorded.keys() != set(expected) or not recorded:
+        found = f"prompts {min(recorded)} to {max(recorded)} of the run's order" if recorded else "no responses"
+        wanted = f", not {expected.start} to {expected.stop - 1}" if expected else ""
+        raise UsageError(f"rollout.replay={folder}: step {step} has {found}{wanted}; {advice}")
+    groups = {}
+    for position, rows in sorted(recorded.items()):
+        prompt = prompt_at(position)
+        if {row["prompt"] for row in rows} != {prompt.index} or len(rows) != group_size:
             raise UsageError(
-                f"rollout.replay={folder}: step {step} has {len(rows)} responses to problem {prompt.index}, not "
-                f"{group_size}; replay needs the seed, data and rollout settings of the run that recorded"
+                f"rollout.replay={folder}: step {step} has {len(rows)} responses to problem {rows[0]['prompt']}, not "
+                f"{group_size} to problem {prompt.index}; {advice}"
             )
-        recorded[prompt.index] = rows[group_size:]
-        if place in places:
-            found += [_response(prompt, row) for row in rows[:group_size]]
-    return found
-
-
-def _response(prompt: Prompt, row: dict) -> Response:
-    names = {field.name for field in dataclasses.fields(Response)} - {"prompt"}
-    return Response(prompt=prompt, **{name: row[name] for name in names})
+        groups[position] = [of_row(prompt, row) for row in rows]
+    return groups

@@ -18,7 +18,7 @@ from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.layout import Layout, ServerLayout
 from megatron_dgpo.rollout.guard import SECRET
-from megatron_dgpo.rollout.plugin import BACKEND
+from megatron_dgpo.weight_sync import BACKEND
 
 ADDRESSES = "MEGATRON_DGPO_ADDRESSES"
 _PORTS = range(20000, 32768)
@@ -97,6 +97,8 @@ def command(config: Config, port: int, host: str = "127.0.0.1") -> list[str]:
         *(("--enable-expert-parallel",) if servers.expert_parallel else ()),
         *("--max-model-len", str(config.rollout.context_tokens)),
         *("--max-num-seqs", str(servers.max_concurrent)),
+        # The canary of a weight update passes the requests that wait.
+        *("--scheduling-policy", "priority"),
         *("--seed", str(config.run.seed)),
         # The log-probs of the distribution that was sampled from, temperature included.
         *("--logprobs-mode", "processed_logprobs"),
@@ -147,17 +149,22 @@ def environment(config: Config, index: int, alone: bool = False) -> dict[str, st
         legality.check(legality.of_server_gpus(server, index, first, len(devices)))
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(devices[first : first + server.tensor])
         return variables
-    cores = sorted(os.sched_getaffinity(0))
-    share = [cores[rank :: config.servers.tensor] or cores[:1] for rank in range(config.servers.tensor)]
+    # Each worker of all of this machine's servers has its own, as far as they go: threads of several on one core would
+    # wait for each other, spinning, at every layer.
+    cores, tensor = sorted(os.sched_getaffinity(0)), config.servers.tensor
+    workers = range(index * tensor, (index + 1) * tensor)
+    share = [cores[w :: config.servers.count * tensor] or cores[w % len(cores) :][:1] for w in workers]
     return variables | {
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, part)) for part in share),
+        # What vLLM sets later holds for some of its kernels alone.
+        "OMP_NUM_THREADS": str(max(map(len, share))),
         # Its one worker in the process of the engine.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "LD_PRELOAD": _with_openmp(os.environ.get("LD_PRELOAD", "")),
         # The first request for log-probs would compile a kernel for seconds.
         "TORCHDYNAMO_DISABLE": "1",
         # Threads that spin while the trainer computes would halve its speed.
-        "KMP_BLOCKTIME": "0",
+        "OMP_WAIT_POLICY": "passive",
     }
 
 

@@ -1,4 +1,4 @@
-"""Vocab-parallel log-probability, entropy and Hellinger distance, from hidden states; logits are never stored."""
+"""Vocab-parallel log-probability, entropy and deviation from a reference; logits are never stored."""
 
 from megatron_dgpo.statistics.dense import dense_statistics
 from megatron_dgpo.statistics.vocab_parallel import TokenStatistics, token_statistics

@@ -9,11 +9,17 @@ NEEDS_SCRATCH = True
 
 
 def tile_sums(
-    x: torch.Tensor, y: torch.Tensor | None, target: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    target: torch.Tensor,
+    out: torch.Tensor,
+    scratch: torch.Tensor,
+    alpha: float | None,
 ) -> None:
     """Write the `Sums` of a tile to out [8 or 4, n]. x, y: [n, columns] float32 logits, used up. scratch: like x.
 
-    target: [n] int64, column of each token's target, outside [0, columns) where another tile holds it.
+    alpha: of the deviation, None for KL(π ‖ ρ). target: [n] int64, column of each token's target, outside [0, columns)
+    where another tile holds it.
     """
     column = target.clamp(0, x.shape[1] - 1)[:, None]
     elsewhere = column[:, 0] != target
@@ -22,9 +28,12 @@ def tile_sums(
     if y is not None:
         _subtract_maximum(y, out[4])
         out[5] = y.gather(1, column)[:, 0].masked_fill_(elsewhere, -torch.inf)
-        torch.sum(torch.lerp(x, y, 0.5, out=scratch).exp_(), -1, out=out[7])
-        torch.sum(y.exp_(), -1, out=out[6])
+        if alpha is not None:
+            torch.sum(torch.lerp(x, y, 1 - alpha, out=scratch).exp_(), -1, out=out[7])
+        torch.sum(torch.exp(y, out=scratch), -1, out=out[6])
     exponentials = torch.exp(x, out=scratch)
+    if y is not None and alpha is None:
+        torch.sum(y.mul_(exponentials), -1, out=out[7])
     torch.sum(exponentials, -1, out=out[2])
     torch.sum(exponentials.mul_(x), -1, out=out[3])
 

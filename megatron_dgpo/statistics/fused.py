@@ -24,7 +24,9 @@ def _sums(
     columns,
     stride,
     out_stride,
+    alpha,
     HAS_REFERENCE: tl.constexpr,
+    KL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -53,7 +55,8 @@ def _sums(
         tl.store(out + 4 * out_stride, max_y, mask=in_rows)
         tl.store(out + 5 * out_stride, tl.where(held, tl.sum(tl.where(hit, y, 0.0), 1), float("-inf")), mask=in_rows)
         tl.store(out + 6 * out_stride, tl.sum(tl.exp(y), 1), mask=in_rows)
-        tl.store(out + 7 * out_stride, tl.sum(tl.exp((x + y) * 0.5), 1), mask=in_rows)
+        mixed = tl.where(inside, exp_x * y, 0.0) if KL else tl.exp(alpha * x + (1 - alpha) * y)
+        tl.store(out + 7 * out_stride, tl.sum(mixed, 1), mask=in_rows)
 
 
 @triton.jit
@@ -95,12 +98,21 @@ def _blocks(x: torch.Tensor) -> dict[str, int]:
     return {"ROWS": 1 if x.is_cuda else 256, "COLUMNS": triton.next_power_of_2(x.shape[1]), "num_warps": 8}
 
 
-def tile_sums(x: torch.Tensor, y: torch.Tensor | None, target: torch.Tensor, out: torch.Tensor, _scratch: None) -> None:
+def tile_sums(
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    target: torch.Tensor,
+    out: torch.Tensor,
+    _scratch: None,
+    alpha: float | None,
+) -> None:
     """As `chunked.tile_sums`; x and y are left as they are."""
     blocks = _blocks(x)
     grid = (triton.cdiv(x.shape[0], blocks["ROWS"]),)
     other = x if y is None else y
-    _sums[grid](x, other, target, out, *x.shape, x.stride(0), out.stride(0), HAS_REFERENCE=y is not None, **blocks)
+    sizes = *x.shape, x.stride(0), out.stride(0)
+    flags = {"HAS_REFERENCE": y is not None, "KL": alpha is None}
+    _sums[grid](x, other, target, out, *sizes, 0.5 if alpha is None else alpha, **flags, **blocks)
 
 
 def tile_gradient(

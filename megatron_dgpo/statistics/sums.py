@@ -25,7 +25,8 @@ class Sums(NamedTuple):
     target_y: torch.Tensor | None = None
     sum_y: torch.Tensor | None = None
     sum_m: torch.Tensor | None = None
-    """Σ e^((x − max_x + y − max_y) / 2); underflows only where H² is 1 to float32."""
+    """Σ e^(α(x − max_x) + (1 − α)(y − max_y)); underflows only where the deviation is 1 to float32. For KL instead of
+    an α: Σ e^(x − max_x)·(y − max_y)."""
 
 
 def num_sums(has_reference: bool) -> int:
@@ -39,27 +40,31 @@ def empty_sums(num: int, n: int, device: torch.device) -> torch.Tensor:
     return sums
 
 
-def merge(parts: torch.Tensor) -> torch.Tensor:
-    """[parts, 8 or 4, N] of disjoint columns -> the same of their union."""
+def merge(parts: torch.Tensor, alpha: float | None = 0.5) -> torch.Tensor:
+    """[parts, 8 or 4, N] of disjoint columns -> the same of their union. alpha: of the deviation, None for KL."""
     if len(parts) == 1:
         return parts[0]
     sums = Sums(*parts.unbind(1))
     max_x, shift = _shift(sums.max_x)
-    scale = shift.exp()
+    scale, nothing = shift.exp(), sums.sum_x == 0
     # A part without columns has shift −∞ and sum 0: that must not become 0·∞.
-    mean = (sums.mean_x + sums.sum_x * shift.masked_fill(sums.sum_x == 0, 0)) * scale
+    mean = (sums.mean_x + sums.sum_x * shift.masked_fill(nothing, 0)) * scale
     merged = [max_x, (sums.target_x + shift).amax(0), (sums.sum_x * scale).sum(0), mean.sum(0)]
     if sums.max_y is not None:
         max_y, shift_y = _shift(sums.max_y)
-        sum_m = (sums.sum_m * ((shift + shift_y) / 2).exp()).sum(0)
+        if alpha is None:
+            sum_m = ((sums.sum_m + sums.sum_x * shift_y.masked_fill(nothing, 0)) * scale).sum(0)
+        else:
+            sum_m = (sums.sum_m * (alpha * shift + (1 - alpha) * shift_y).exp()).sum(0)
         merged += [max_y, (sums.target_y + shift_y).amax(0), (sums.sum_y * shift_y.exp()).sum(0), sum_m]
     return torch.stack(merged)
 
 
-def finish(total: torch.Tensor):
-    """[8 or 4, N] over the whole vocabulary -> (lse, log π(a), H(π), H²(π, ρ), log ρ(a)), the last two None without ρ.
+def finish(total: torch.Tensor, alpha: float | None = 0.5):
+    """[8 or 4, N] over the whole vocabulary -> (lse, log π(a), H(π), d(π, ρ), log ρ(a)), the last two None without ρ.
 
-    log Σ √(πρ) = lse((x + y)/2) − (lse(x) + lse(y))/2, in which the maxima cancel: large logits cost no precision.
+    d = 1 − Σ π^α ρ^(1−α), which is H² for α = ½, or KL(π ‖ ρ) for None. log Σ π^α ρ^(1−α) = lse(αx + (1 − α)y) −
+    α·lse(x) − (1 − α)·lse(y), in which the maxima cancel: large logits cost no precision.
     """
     sums = Sums(*total)
     log_sum = sums.sum_x.log()
@@ -68,10 +73,13 @@ def finish(total: torch.Tensor):
     if sums.sum_y is None or sums.sum_m is None or sums.target_y is None:
         return lse, logprobs, entropy, None, None
     log_sum_y = sums.sum_y.log()
-    log_bc = sums.sum_m.log() - (log_sum + log_sum_y) / 2
     # Rounding must give no negative distance where π = ρ.
-    hellinger2 = torch.expm1(log_bc.clamp_(max=0)).abs_()
-    return lse, logprobs, entropy, hellinger2, sums.target_y - log_sum_y
+    if alpha is None:
+        deviation = (log_sum_y - sums.sum_m / sums.sum_x - entropy).clamp_(min=0)
+    else:
+        log_sum_m = sums.sum_m.log() - (alpha * log_sum + (1 - alpha) * log_sum_y)
+        deviation = torch.expm1(log_sum_m.clamp_(max=0)).abs_()
+    return lse, logprobs, entropy, deviation, sums.target_y - log_sum_y
 
 
 def _shift(maxima: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Log-probability, entropy and Hellinger distance of every token from hidden states, tile by tile of logits.
+"""Log-probability, entropy and deviation from the reference of every token from hidden states, tile by tile of logits.
 
 Each tensor-parallel rank holds V/tp columns and goes through them in tiles of some tokens by some columns, so that the
 products are efficient whatever the vocabulary. A tile is reduced to a few sums a token (`sums`), tiles and ranks merge
@@ -32,8 +32,8 @@ class TokenStatistics(NamedTuple):
     """log π(a); differentiable."""
     entropy: torch.Tensor
     """H(π) in nats; differentiable."""
-    hellinger2: torch.Tensor | None
-    """H²(π, ρ) in [0, 1]; carries no gradient."""
+    deviation: torch.Tensor | None
+    """d(π, ρ): H² in [0, 1], or what `alpha` asks for; carries no gradient."""
     reference_logprobs: torch.Tensor | None
     """log ρ(a); carries no gradient."""
 
@@ -48,6 +48,7 @@ def token_statistics(
     tp_group: dist.ProcessGroup | None = None,
     reference_hidden_states: torch.Tensor | None = None,
     reference_head_weight: torch.Tensor | None = None,
+    alpha: float | None = 0.5,
     tier: Literal["auto", "chunked", "triton"] = "auto",
     tile_bytes: int | None = None,
     check_finite: bool = False,
@@ -56,7 +57,8 @@ def token_statistics(
 
     hidden_states, reference_hidden_states: [N, H], the same on every rank of tp_group. head_weight,
     reference_head_weight: [V_padded / tp, H], this rank's rows in rank order; rows at or beyond `vocab_size` are
-    padding and take part in nothing. targets: [N] int64, below vocab_size. tier: `auto` is triton on GPUs where it is
+    padding and take part in nothing. targets: [N] int64, below vocab_size. alpha: the deviation is 1 − Σ π^α ρ^(1−α),
+    0 < α < 1, H² at ½; None: KL(π ‖ ρ). tier: `auto` is triton on GPUs where it is
     installed. tile_bytes: of one float32 tile of logits, of which a few exist at a time.
 
     Gradients flow to hidden_states and head_weight through `logprobs` and `entropy`, never to the reference.
@@ -85,6 +87,7 @@ def token_statistics(
         1 / temperature,
         vocab_size,
         tp_group,
+        alpha,
         tier,
         tile_bytes or TILE_BYTES[hidden_states.device.type],
     )
@@ -103,6 +106,7 @@ class _Statistics(torch.autograd.Function):
         scale,
         vocab_size,
         group,
+        alpha,
         tier,
         tile_bytes,
     ):
@@ -124,9 +128,9 @@ class _Statistics(torch.autograd.Function):
                 if has_reference:
                     y = _logits(y_tile, reference_hidden[rows], reference_weight[columns], scale)
                 parts.append(total.new_empty(total.shape[0], x.shape[0]))
-                ctx.tiles.tile_sums(x, y, local_targets[rows] - columns.start, parts[-1], _like(x, scratch))
-            total[:, rows] = merge(torch.stack(parts))
-        lse, *values = finish(_merge_over_ranks(total, group))
+                ctx.tiles.tile_sums(x, y, local_targets[rows] - columns.start, parts[-1], _like(x, scratch), alpha)
+            total[:, rows] = merge(torch.stack(parts), alpha)
+        lse, *values = finish(_merge_over_ranks(total, group, alpha), alpha)
         # The weight as it is, not a saved copy of its handle: Megatron's attributes hang on it.
         ctx.weight = weight
         ctx.save_for_backward(hidden, local_targets, lse, values[1])
@@ -177,7 +181,7 @@ class _Statistics(torch.autograd.Function):
         return (
             grad_hidden,
             grad_weight.to(weight.dtype) if needs_weight else None,
-            *(None,) * 8,
+            *(None,) * 9,
         )
 
 
@@ -232,14 +236,14 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, a
     return total.addmm_(left.float(), right.float(), alpha=alpha, beta=beta)
 
 
-def _merge_over_ranks(total: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+def _merge_over_ranks(total: torch.Tensor, group: dist.ProcessGroup | None, alpha: float | None) -> torch.Tensor:
     """Collectives: one all-gather over group, none in a group of one."""
     world = 1 if group is None else dist.get_world_size(group)
     if world == 1:
         return total
     gathered = total.new_empty(world * total.shape[0], total.shape[1])
     dist.all_gather_into_tensor(gathered, total, group=group)
-    return merge(gathered.view(world, *total.shape))
+    return merge(gathered.view(world, *total.shape), alpha)
 
 
 def _accumulates_in_place(weight: torch.Tensor) -> bool:

@@ -6,3 +6,6 @@ reads in place (`shared_memory`) or receives (`stream`), or gathers whole tensor
 vLLM workers: `receive`, which `rollout.plugin` makes known to vLLM, with the other halves of `shared_memory` and
 `stream`. Which bytes go where both sides work out alone, from `weights.resharding`.
 """
+
+BACKEND = "megatron_dgpo"
+"""The name of these transfers among vLLM's: `--weight-transfer-config '{"backend": "megatron_dgpo"}'`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 from megatron_dgpo.config import Config
 from megatron_dgpo.rollout import server
 from megatron_dgpo.rollout.client import Engines
@@ -27,7 +29,12 @@ class Canary:
         self._first_gap: float | None = None
 
     def probes(self, engines: Engines, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
-        """Likely tokens: (prompts, the first server's own greedy text after each), to be scored together."""
+        """Likely tokens: (prompts, the first server's own greedy text after each), to be scored together.
+
+        Once a run, at the first update, when nothing else is asked: text of each update's own weights would be written
+        beside the requests in flight, which takes as long as all their caches. The policy moves on from it by less than
+        random tokens are away, which are below the tolerance, too, where logits are not extreme.
+        """
         asked = [Prompt(index, token_ids, "", "") for index, token_ids in enumerate(prompts)]
         limit = min(_NEW_TOKENS, self._rollout.max_response_tokens)
         samples = engines.generate(asked, n=1, temperature=0.0, max_tokens=limit, seeds=[0] * len(asked))
@@ -59,23 +66,25 @@ def check_servers(
     expected: list[list[float]],
     tolerance: float,
 ) -> float:
-    """Rank 0 only: raise StaleWeightsError unless every server serves the policy's weights.
+    """Rank 0 only: resume the servers; raise StaleWeightsError unless each of them serves the policy's weights.
 
     probes: token sequences; expected: the policy's log-probs of each one's last tokens, at temperature 1. tolerance:
     mean |difference| of a server; returns the largest of these. Tiny updates move log-probs less than rounding does,
     so the version and the checksums of what each worker received are compared too.
     """
-    gaps = []
-    for address in engines.addresses:
-        found = engines.weight_version(address)
-        tensors = sync.differing_tensors(address)
+    scores, gaps = engines.resume(probes), []
+    # All at once: a busy server answers between two steps of its engine.
+    with ThreadPoolExecutor(len(engines.addresses)) as pool:
+        versions = list(pool.map(engines.weight_version, engines.addresses))
+        differing = list(pool.map(sync.differing_tensors, engines.addresses))
+    for address, found, tensors, own in zip(engines.addresses, versions, differing, scores, strict=True):
         if found != str(version) or tensors:
             named = f"; tensors that differ: {listed(tensors)}" if tensors else ""
             raise StaleWeightsError(f"{address} serves weight version {found}, the policy is at {version}{named}")
         differences = [
             abs(ours - theirs)
-            for probe, logprobs in zip(probes, expected, strict=True)
-            for ours, theirs in zip(logprobs, engines.prompt_logprobs(address, probe)[-len(logprobs) :], strict=True)
+            for score, logprobs in zip(own, expected, strict=True)
+            for ours, theirs in zip(logprobs, score[-len(logprobs) :], strict=True)
         ]
         gaps.append(sum(differences) / len(differences))
         if not gaps[-1] <= tolerance:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from megatron_dgpo.layout import ServerLayout
 from megatron_dgpo.model.collectives import from_rank_0
 from megatron_dgpo.rollout.client import Engines
-from megatron_dgpo.weight_sync.shards import servers_resumed
 from megatron_dgpo.weights.architectures import Architecture
 from megatron_dgpo.weights.resharding import Block, block, vllm_blocks, vllm_parameters, wrapped_sum
 
@@ -50,12 +49,11 @@ class IpcSync:
         self._trainer.shutdown()
 
     def push(self, version: int) -> None:
-        """Make every server serve the current weights as `version`. Collectives: those of the source; for every buffer
-        an object all-gather and two barriers, at the end an object broadcast."""
+        """Give every server the current weights as `version`; they stay paused, as they do when it fails. Collectives:
+        those of the source; for every buffer an object all-gather and two barriers, at the end an object broadcast."""
         self._version = version
-        with servers_resumed(self._engines):
-            self._trainer.send_weights()
-            from_rank_0(self._raise_failure)
+        self._trainer.send_weights()
+        from_rank_0(self._raise_failure)
 
     def differing_tensors(self, address: str) -> list[str]:
         """Rank 0 only: vLLM parameters of a server whose content is not what the last push sent."""

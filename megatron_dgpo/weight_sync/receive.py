@@ -108,8 +108,13 @@ class ShardEngine(WeightTransferEngine):
         else:
             meeting = Meeting(**(init_info.meeting or {}))
             size = trainer.world_size + vllm.num_workers
-            self._group = join_group(meeting, trainer.world_size + self._worker, size)
-            self._timeout_s = meeting.timeout_s
+            self._timeout_s, self.failure = meeting.timeout_s, ""
+            try:
+                self._group = join_group(meeting, trainer.world_size + self._worker, size)
+            except Exception as error:
+                # Not raised, as below. The trainer, which cannot have joined either, knows.
+                logger.exception("no group with the trainer")
+                self.failure = f"vLLM worker {self._worker}: {error}"
 
     def _check_shapes(self) -> None:
         """That vLLM cuts this model as the plan does. Its packed parameters have lost their shapes by now."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
@@ -62,7 +62,8 @@ class ShardSync:
     ) -> None:
         """shards: this rank's, by global Megatron name; their memory must stay theirs.
 
-        Returns when all workers have attached to the memory, or joined the group of both sides.
+        Returns when all workers have attached to the memory, or joined the group of both sides. Workers may be of
+        another one already, which they leave for this one.
         """
         settings, servers, rank = config.weight_sync, len(engines.addresses), dist.get_rank()
         self._engines, self._shards, self._dtype = engines, shards, getattr(torch, server.dtype(config))
@@ -104,8 +105,12 @@ class ShardSync:
                     call_off(meeting, str(error))
                     raise
 
-            with self._request(initialize):
-                self._group = join_group(meeting, rank, trainer.world_size + vllm.num_workers, *stores)
+            try:
+                with self._request(initialize):
+                    self._group = join_group(meeting, rank, trainer.world_size + vllm.num_workers, *stores)
+            except BaseException:
+                self._leave_group()
+                raise
 
     def __enter__(self) -> ShardSync:
         return self
@@ -113,8 +118,11 @@ class ShardSync:
     def __exit__(self, failed: type | None, *_) -> None:
         # After a failure servers may be gone, or busy with what failed.
         if dist.get_rank() == 0 and not failed:
-            with contextlib.suppress(EngineError):
-                self._engines.release_weight_transfer()
+            self._engines.release_weight_transfer()
+        self._leave_group()
+
+    def _leave_group(self) -> None:
+        """Workers that wait for a bucket of this rank wait no longer."""
         if self._group:
             self._group.abort()
         self._group = None
@@ -124,19 +132,19 @@ class ShardSync:
 
     @torch.no_grad()
     def push(self, version: int) -> None:
-        """Make every server serve the current weights as `version`; remembers checksums of a sample, or of all.
+        """Give every server the current weights as `version`; remembers checksums of a sample, or of all.
 
-        Collectives: three object broadcasts and all-gathers; one message per bucket, rank and worker, or none.
+        The servers stay paused, as they do when it fails; it cannot be repeated then. Collectives: three object
+        broadcasts and all-gathers; one message per bucket, rank and worker, or none.
         """
         self._check_in_place()
         sample = {name for i, name in enumerate(self._target_shapes) if self._all or (i + version) % _SAMPLED == 0}
-        with servers_resumed(self._engines):
-            from_rank_0(lambda: self._engines.start_weight_update())
-            shares = all_gathered(self._transfer(sample))
-            self._expected = {}
-            for key, value in (item for share in shares for item in share.items()):
-                self._expected[key] = wrapped_sum(self._expected.get(key, 0), value)
-            from_rank_0(lambda: self._engines.finish_weight_update(str(version)))
+        from_rank_0(lambda: self._engines.start_weight_update())
+        shares = all_gathered(self._transfer(sample))
+        self._expected = {}
+        for key, value in (item for share in shares for item in share.items()):
+            self._expected[key] = wrapped_sum(self._expected.get(key, 0), value)
+        from_rank_0(lambda: self._engines.finish_weight_update(str(version)))
 
     def _transfer(self, sample: set[str]) -> dict[tuple[int, str], int]:
         """Give this rank's shards; checksums of its parts of each (worker, parameter) of the sample."""
@@ -192,11 +200,9 @@ class ShardSync:
                 pass
             except Exception as error:
                 failures.append(f"trainer rank {dist.get_rank()}: {error}")
-            try:
-                if answer:
-                    answer.result()
-            except Exception as error:
-                failures.insert(0, str(error))
+            # Not raised here: it would keep the body's error, and through its traceback the group.
+            if answer and (failure := answer.exception()):
+                failures.insert(0, str(failure))
         failures = [failure for share in all_gathered(failures) for failure in share]
         if failures:
             raise StaleWeightsError("the weight update broke off: " + "; ".join(failures))
@@ -221,20 +227,6 @@ def _own_address(servers: list[str]) -> str:
     from vllm.utils.network_utils import get_ip
 
     return get_ip()
-
-
-@contextlib.contextmanager
-def servers_resumed(engines: Engines) -> Iterator[None]:
-    """Around all that follows a pause: whatever breaks it off, servers that still answer serve again.
-
-    Rank 0 asks them; nothing happens elsewhere. The error stays the first one; what went wrong after it is a note.
-    """
-    try:
-        yield
-    except BaseException as error:
-        for failure in engines.abandon_weight_update() if dist.get_rank() == 0 else []:
-            error.add_note(f"after that, a server that was to serve again: {failure}")
-        raise
 
 
 def listed(names: list[str], most: int = 5) -> str:

@@ -196,6 +196,18 @@ class Architecture:
         names = [name for _, _, *sources in self._names for name in sources]
         return {self._rename(name): by_suffix[".".join(name.split(".")[-2:])] for name in names}
 
+    @property
+    def attention_weights(self) -> int:
+        """Of one layer's projections."""
+        heads, groups = self.num_attention_heads, self.num_query_groups
+        return self.hidden_size * 2 * (heads + groups) * self.head_dim
+
+    @property
+    def active_mlp_weights(self) -> int:
+        """Of one layer that a token meets, a router's included."""
+        ffn = self.expert_ffn_hidden_size * self.experts_per_token if self.num_experts else self.ffn_hidden_size
+        return self.hidden_size * (3 * ffn + self.num_experts)
+
     @functools.cached_property
     def _names(self) -> list[tuple[str, ...]]:
         """(Megatron name, split, Hugging Face names as in the tables) of every parameter."""

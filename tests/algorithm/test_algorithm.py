@@ -8,17 +8,15 @@ import torch
 from megatron_dgpo.algorithm.advantages import group_advantages
 from megatron_dgpo.algorithm.credit import (
     credit_concentration,
-    credit_sums,
     credit_weights,
     gated_scores,
-    merge_credit_sums,
+    segment_ids,
 )
-from megatron_dgpo.algorithm.objective import policy_objective
+from megatron_dgpo.algorithm.objective import Signal, policy_objective
 from megatron_dgpo.algorithm.policy_loss import aggregate, ppo_clip
-from megatron_dgpo.batch import Batch
 from megatron_dgpo.config import Algorithm
+from megatron_dgpo.micro_batch import MicroBatch, TrainingSequence
 from megatron_dgpo.statistics import TokenStatistics
-from tests.ranks import run_ranks
 
 LENGTHS = [5, 1, 0, 12, 200]
 CU = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()])
@@ -56,12 +54,13 @@ def test_the_sampler_s_policy_is_compared_with_the_trainer_s():
     ours = [(-3 * torch.rand(len(r), generator=generator)).tolist() for r in responses]
     theirs = [[value + 0.3 * (-1) ** i for i, value in enumerate(row)] for row in ours]
     theirs[2][1] = ours[2][1] - 2.5
-    batch = Batch.from_sequences([[1, 2]] * 3, responses, [1.0, -1.0, 0.5], theirs)
+    sequences = [TrainingSequence.of([1, 2], *row) for row in zip(responses, [1.0, -1.0, 0.5], theirs, strict=True)]
     found = []
-    for part, rows in zip(batch.split(2), (ours[:2], ours[2:]), strict=True):
+    for part, rows in ((sequences[:2], ours[:2]), (sequences[2:], ours[2:])):
         logprobs = torch.tensor([value for row in rows for value in row])
         statistics = TokenStatistics(logprobs, torch.ones_like(logprobs), None, None)
-        found.append(policy_objective(statistics, part, torch.ones_like(logprobs), logprobs, Algorithm())[2])
+        signal = Signal(statistics, logprobs, torch.ones_like(logprobs))
+        found.append(policy_objective(signal, MicroBatch.pack(part), Algorithm())[2])
     gaps = [a - b for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)]
     kl = sum(math.exp(gap) - 1 - gap for gap in gaps)
     assert sum(part["rollout_kl"].item() for part in found) == pytest.approx(kl, rel=1e-5)
@@ -140,7 +139,8 @@ def test_ppo_clip(low, high):
     for advantage in (-1.5, 0.0, 2.0):
         logprobs = (ratios.log() - 2).requires_grad_()
         advantages = torch.full_like(ratios, advantage)
-        loss, clipped_low, clipped_high = ppo_clip(logprobs, torch.full_like(ratios, -2.0), advantages, low, high)
+        settings = Algorithm(clip_low=low, clip_high=high)
+        loss, clipped_low, clipped_high = ppo_clip(logprobs, logprobs + 2, advantages, settings)
         expected = [naive_ppo(r, advantage, low, high) for r in ratios.tolist()]
         assert loss.tolist() == pytest.approx(expected, rel=1e-5)
         loss.sum().backward()
@@ -153,47 +153,29 @@ def test_ppo_clip(low, high):
 def test_aggregation_adds_up_over_micro_batches():
     values = scores(5)
     parts = [values[a:b] for a, b in zip(CU[:-1], CU[1:], strict=True)]
-    total, count = aggregate(values, CU, "token_mean")
-    assert (total / count).item() == pytest.approx(values.mean().item(), rel=1e-5)
-    total, count = aggregate(values, CU, "sequence_mean")
-    expected = sum(part.mean().item() for part in parts if len(part)) / len(parts)
-    assert (total / count).item() == pytest.approx(expected, rel=1e-5)
-    for how in ("token_mean", "sequence_mean"):
-        split = [aggregate(part, torch.tensor([0, len(part)]), how) for part in parts]
-        whole = aggregate(values, CU, how)
-        assert sum(s.item() for s, _ in split) == pytest.approx(whole[0].item(), rel=1e-5)
-        assert sum(c.item() for _, c in split) == whole[1].item()
+    every, some = torch.ones(5, dtype=torch.bool), torch.tensor([True, False, True, True, False])
+    for counted in (every, some):
+        taken = [part for part, c in zip(parts, counted.tolist(), strict=True) if c]
+        expected = {
+            "token_mean": torch.cat(taken).mean().item(),
+            "sequence_mean": sum(part.mean().item() for part in taken if len(part)) / len(taken),
+            # Never the longest that there is.
+            "fixed_length": sum(part.sum().item() for part in taken) / (len(taken) * 300),
+        }
+        for how, value in expected.items():
+            total, count = aggregate(values, segment_ids(CU), CU.diff(), counted, how, 300)
+            assert (total / count).item() == pytest.approx(value, rel=1e-5) and count.dtype == torch.int64
+            split = [
+                aggregate(part, torch.zeros(len(part)).long(), CU.diff()[i : i + 1], counted[i : i + 1], how, 300)
+                for i, part in enumerate(parts)
+            ]
+            assert sum(s.item() for s, _ in split) == pytest.approx(total.item(), rel=1e-5)
+            assert sum(c.item() for _, c in split) == count.item()
 
 
-def weights_of_a_piece(scores, bounds, tau):
-    """On a context-parallel rank with two micro-batches: weights of its pieces. bounds: [pieces + 1, B]."""
-    import torch.distributed as dist
-
-    pieces = []
-    for index in (2 * dist.get_rank(), 2 * dist.get_rank() + 1):
-        first, last = bounds[index], bounds[index + 1]
-        lengths = last - first
-        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-        pieces.append((torch.cat([scores[a:b] for a, b in zip(first, last, strict=True)]), cu_seqlens, tau))
-    sums = merge_credit_sums(torch.stack([credit_sums(*piece) for piece in pieces]))
-    return [credit_weights(*piece, sums=sums, cp_group=dist.group.WORLD) for piece in pieces]
-
-
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("scale", [1.0, 1e4])
-def test_weights_of_a_response_that_is_cut(world, scale):
-    """Over context-parallel ranks and micro-batches, anywhere, into empty pieces too: the weights are the same."""
-    generator = torch.Generator().manual_seed(7)
-    lengths = torch.tensor([1, 40, 3, 17, 2])
-    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-    scores = torch.randn(63, generator=generator) * scale
-    cuts = torch.stack([torch.randint(0, n + 1, (2 * world - 1,), generator=generator).sort().values for n in lengths])
-    ends = torch.cat([torch.zeros(len(lengths), 1, dtype=torch.long), cuts, lengths[:, None]], 1)
-    bounds = (cu_seqlens[:-1, None] + ends).T
-    whole = credit_weights(scores, cu_seqlens, 0.5)
-    got = [piece for found in run_ranks(weights_of_a_piece, world, scores, bounds, 0.5) for piece in found]
-    for response in range(len(lengths)):
-        parts = [piece.split((bounds[i + 1] - bounds[i]).tolist())[response] for i, piece in enumerate(got)]
-        expected = whole[cu_seqlens[response] : cu_seqlens[response + 1]]
-        torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-5, atol=1e-6)
-        assert torch.cat(parts).sum().item() == pytest.approx(lengths[response].item(), rel=1e-5)
+def test_what_does_not_count_may_be_anything():
+    values = torch.tensor([1.0, math.nan, 2.0], requires_grad=True)
+    counted = torch.tensor([True, False, True])
+    total, count = aggregate(values, torch.arange(3), torch.ones(3), counted, "token_mean", 1)
+    total.backward()
+    assert total == 3 and count == 2 and values.grad.tolist() == [1, 0, 1]

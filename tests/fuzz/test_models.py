@@ -213,3 +213,11 @@ def test_manifest(hf, copies, data):
         found = read_manifest(path)
         assert all(isinstance(found["progress"][name], int) for name in ("step", "prompts", "weight_version"))
         outcome(check_architecture, path, found, read_architecture(hf))
+
+
+def test_an_architecture_of_long_words(hf):
+    theirs = {"family": ["x" * 3000], "num_layers": 10**400, "y" * 3000: 1}
+    with pytest.raises(UsageError, match="a checkpoint of another model: ") as error:
+        check_architecture(hf, {"architecture": theirs}, read_architecture(hf))
+    assert len(str(error.value)) < 1500
+    assert str(error.value).endswith("that this run was started with")

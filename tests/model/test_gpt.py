@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.layouts import LAYOUTS, MIXTURE_LAYOUTS, make_config
+from tests.packs import micro_batches
 from tests.ranks import run_ranks
 from tools.tiny_models import FAMILIES, MIXTURES, make_tiny_model
 
@@ -25,11 +26,18 @@ def sequences() -> torch.Tensor:
     return torch.randint(0, 131, (4, 24), generator=torch.Generator().manual_seed(1))
 
 
+def whole(logits, batch):
+    """[N, columns] of this rank's tokens -> [M, columns] of all context-parallel ranks'."""
+    from megatron_dgpo.algorithm.objective import of_whole_responses
+    from megatron_dgpo.model.parallel import context_group
+
+    return of_whole_responses(logits.t().contiguous(), batch, context_group()).t()
+
+
 def megatron_logits(model_dirs, parallel):
     """{family: this rank's [rows, S - 1, columns] logits, or None off the last stage}."""
     from megatron.core import parallel_state
 
-    from megatron_dgpo.batch import Batch
     from megatron_dgpo.model.device import init_device
     from megatron_dgpo.model.gpt import build_chunks
     from megatron_dgpo.model.parallel import initialize_parallel
@@ -50,11 +58,10 @@ def megatron_logits(model_dirs, parallel):
         )
         chunks = build_chunks(config, architecture)
         load_weights(chunks, architecture, model_dir, rank, size)
-        rows = sequences()[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
-        batch = Batch.from_sequences([r[:1].tolist() for r in rows], [r[1:].tolist() for r in rows])
+        batches = micro_batches([(row[:1], row[1:]) for row in sequences().tolist()], 2, config.parallel)
         with torch.no_grad():
-            parts = run_schedule(chunks, batch.split(1), lambda b, hidden, head: hidden @ head.t())
-        found[family] = torch.stack(parts) if parts else None
+            parts = run_schedule(chunks, batches, lambda b, hidden, head: whole(hidden @ head.t(), b))
+        found[family] = torch.cat(parts).unflatten(0, (-1, 23)) if parts else None
     return found, parallel_state.get_data_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
 
 

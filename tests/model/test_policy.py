@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.layouts import LAYOUTS, make_config
+from tests.packs import micro_batches
 from tests.ranks import run_ranks
 from tools.tiny_models import make_tiny_model
 
@@ -14,10 +15,7 @@ def model(tmp_path_factory):
 
 
 def build(model_dir, parallel, optimizer=None, **model):
-    """(policy, one batch, a log-likelihood loss) on this rank."""
-    from megatron.core import parallel_state
-
-    from megatron_dgpo.batch import Batch
+    """(config, architecture, policy, micro-batches of n sequences each, a log-likelihood loss) on this rank."""
     from megatron_dgpo.model.device import init_device
     from megatron_dgpo.model.parallel import initialize_parallel
     from megatron_dgpo.model.policy import Policy
@@ -32,17 +30,20 @@ def build(model_dir, parallel, optimizer=None, **model):
     initialize_parallel(config.parallel, 1)
     policy = Policy(config, architecture, 10)
     policy.load(model_dir)
-    rows = torch.randint(3, 131, (8, 20), generator=torch.Generator().manual_seed(7))
-    rows = rows[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()].tolist()
-    batch = Batch.from_sequences(
-        [row[:5] for row in rows], [row[5:] for row in rows], multiple_of=config.parallel.tensor
+    rows = torch.randint(3, 131, (8, 20), generator=torch.Generator().manual_seed(7)).tolist()
+    pairs = [(row[:5], row[5:]) for row in rows]
+    return (
+        config,
+        architecture,
+        policy,
+        lambda size: micro_batches(pairs, size, config.parallel),
+        mean_negative_logprob(131),
     )
-    return config, architecture, policy, batch, mean_negative_logprob(131)
 
 
 def after_three_steps(model_dir, parallel, dtype):
-    _, _, policy, batch, loss = build(model_dir, parallel, dtype=dtype)
-    results = [policy.step(batch.split(2), loss) for _ in range(3)]
+    _, _, policy, batches, loss = build(model_dir, parallel, dtype=dtype)
+    results = [policy.step(batches(2), loss) for _ in range(3)]
     weights = {n: p.detach().float().clone() for m in policy.modules for n, p in m.named_parameters()}
     return [(r.metrics["loss"] / r.metrics["tokens"], r.grad_norm, r.lr, r.skipped) for r in results], weights
 
@@ -64,13 +65,13 @@ def test_data_parallel_steps_do_not_depend_on_the_layout(model, dtype, tolerance
 
 def small_updates(model_dir, dtype):
     """How far a weight moves over steps of which each is too small for bfloat16."""
-    _, _, policy, batch, loss = build(model_dir, {}, dtype=dtype)
+    _, _, policy, batches, loss = build(model_dir, {}, dtype=dtype)
     for group in policy.optimizer.param_groups:
         group["max_lr"] = group["min_lr"] = 2e-5
     weight = policy.modules[0].decoder.layers[0].mlp.linear_fc2.weight
     before = weight.detach().float().clone()
     for _ in range(9):
-        policy.step(batch.split(4), loss)
+        policy.step(batches(4), loss)
     return (weight.detach().float() - before).abs().mean().item(), weight.dtype
 
 
@@ -85,11 +86,11 @@ def test_bfloat16_has_float32_master_weights(model):
 def skipped_step(model_dir, parallel):
     from megatron.core import parallel_state
 
-    _, _, policy, batch, loss = build(model_dir, parallel)
-    good = policy.step(batch.split(2), loss)
+    _, _, policy, batches, loss = build(model_dir, parallel)
+    good = policy.step(batches(2), loss)
     before = [p.detach().clone() for m in policy.modules for p in m.parameters()]
 
-    micro_batches = batch.split(2)
+    micro_batches = batches(2)
 
     def poisoned(part, hidden_states, head_weight):
         total, count, metrics = loss(part, hidden_states, head_weight)
@@ -101,7 +102,7 @@ def skipped_step(model_dir, parallel):
     unchanged = all(
         torch.equal(a, b) for a, b in zip(before, [p for m in policy.modules for p in m.parameters()], strict=True)
     )
-    again = policy.step(batch.split(2), loss)
+    again = policy.step(batches(2), loss)
     return good.skipped, bad.skipped, unchanged, again.skipped, again.metrics["loss"] < good.metrics["loss"]
 
 
@@ -114,12 +115,11 @@ def test_non_finite_step_is_skipped_everywhere(model, parallel, world):
 def offloaded_reference(model_dir):
     from megatron_dgpo.model.reference import Reference
 
-    config, architecture, _, batch, _ = build(model_dir, {"tensor": 2}, reference_offload=True)
+    config, architecture, _, batches, _ = build(model_dir, {"tensor": 2}, reference_offload=True)
     offloaded = Reference(config, architecture)
     kept = Reference(make_config(model_dir, {"tensor": 2}), architecture)
     first, second, expected = (
-        [part.reference_states for part in reference.attach(batch.split(4))]
-        for reference in (offloaded, offloaded, kept)
+        [part.reference_states for part in reference.attach(batches(4))] for reference in (offloaded, offloaded, kept)
     )
     gradient_free = not any(p.requires_grad for m in offloaded.modules for p in m.parameters())
     same = all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, expected, strict=True))
@@ -136,8 +136,8 @@ def gradient_norms(model_dirs, parallel):
 
     found = []
     for model_dir in model_dirs:
-        _, _, policy, batch, loss = build(model_dir, parallel)
-        found.append(policy.step(batch.split(2), loss).grad_norm)
+        _, _, policy, batches, loss = build(model_dir, parallel)
+        found.append(policy.step(batches(2), loss).grad_norm)
         parallel_state.destroy_model_parallel()
     return found
 
@@ -172,7 +172,7 @@ def test_gradient_norm_is_the_dense_one(untied_and_tied, layout, distributed):
 
 def steps_around_a_skipped_one(model_dir, parallel, dtype, poison):
     """Weights after two good steps, with a bad one between them unless `poison` is None; and the good results."""
-    _, _, policy, batch, loss = build(model_dir, parallel, dtype=dtype)
+    _, _, policy, batches, loss = build(model_dir, parallel, dtype=dtype)
 
     def poisoned(batch, hidden_states, head_weight):
         if poison == "gradient":
@@ -180,10 +180,10 @@ def steps_around_a_skipped_one(model_dir, parallel, dtype, poison):
         total, count, metrics = loss(batch, hidden_states, head_weight)
         return total + (float("nan") if poison == "loss" else 0.0), count, metrics
 
-    results = [policy.step(batch.split(2), loss)]
+    results = [policy.step(batches(2), loss)]
     if poison:
-        assert policy.step(batch.split(2), poisoned).skipped
-    results.append(policy.step(batch.split(2), loss))
+        assert policy.step(batches(2), poisoned).skipped
+    results.append(policy.step(batches(2), loss))
     return results, [p.detach().clone() for m in policy.modules for p in m.parameters()]
 
 
@@ -203,8 +203,8 @@ def test_skipped_step_leaves_no_trace(model, parallel, dtype, poison):
 
 
 def recomputed_steps(model_dir, parallel, recompute):
-    _, _, policy, batch, loss = build(model_dir, parallel, recompute=recompute)
-    results = [policy.step(batch.split(2), loss) for _ in range(2)]
+    _, _, policy, batches, loss = build(model_dir, parallel, recompute=recompute)
+    results = [policy.step(batches(2), loss) for _ in range(2)]
     return results, [p.detach().clone() for m in policy.modules for p in m.parameters()]
 
 
@@ -250,7 +250,7 @@ def overlapped_steps(model_dir, parallel):
 
     with mock.patch.object(module, "_ddp_config", small_buckets):
         # The norm's last bit depends on how parameters are cut into shards, and clipping would spread it.
-        _, _, policy, batch, loss = build(model_dir, parallel, optimizer={"clip_grad": 0.0})
+        _, _, policy, batches, loss = build(model_dir, parallel, optimizer={"clip_grad": 0.0})
     results, counts = [], []
     with mock.patch.object(_ParamAndGradBucketGroup, "start_grad_sync", recorded):
         for step in range(3):
@@ -260,7 +260,7 @@ def overlapped_steps(model_dir, parallel):
                 total, count, metrics = loss(*args)
                 return total * (float("nan") if bad else 1.0), count, metrics
 
-            result = policy.step(batch.split(2), poisoned, more=step < 2)
+            result = policy.step(batches(2), poisoned, more=step < 2)
             results.append((result.metrics["loss"], result.grad_norm, result.skipped))
             handles = [group.param_gather_handle for chunk in policy.chunks for group in module._bucket_groups(chunk)]
             counts.append((len(begun), sum(begun), len(handles), sum(handle is not None for handle in handles)))
@@ -305,13 +305,13 @@ def passes_over_gradients(model_dir, parallel):
 
     from megatron.core.optimizer import optimizer
 
-    _, _, policy, batch, loss = build(model_dir, parallel)
+    _, _, policy, batches, loss = build(model_dir, parallel)
     norm, prepare = optimizer.get_grad_norm_fp32, policy.optimizer.prepare_grads
     with (
         mock.patch.object(optimizer, "get_grad_norm_fp32", side_effect=norm) as norms,
         mock.patch.object(policy.optimizer, "prepare_grads", side_effect=prepare) as prepared,
     ):
-        policy.step(batch.split(2), loss)
+        policy.step(batches(2), loss)
     return norms.call_count, prepared.call_count
 
 

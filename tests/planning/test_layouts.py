@@ -20,7 +20,7 @@ from tools.tiny_models import make_tiny_model
 
 WORLD = 4
 # Beyond any rule of preflight's on step sizes.
-WORK = Workload(16, 2, 8, 8, 8, 8)
+WORK = Workload(16, 2, 8, 8, 8, 32768)
 
 
 def model_dirs(folder):
@@ -34,12 +34,12 @@ def model_dirs(folder):
 def candidates(architecture) -> list[TrainerSide]:
     """Everything a hand could write for four ranks, sensible or not."""
     found = []
-    for tensor, pipeline, chunks, expert, sequence in itertools.product(
-        (1, 2, 4), (1, 2, 4), (1, 2, 3), (1, 2, 4) if architecture.num_experts else (1, 2), (False, True)
+    for tensor, pipeline, context, chunks, expert, sequence in itertools.product(
+        (1, 2, 4), (1, 2, 4), (1, 2, 4), (1, 2, 3), (1, 2, 4) if architecture.num_experts else (1, 2), (False, True)
     ):
-        if WORLD % (tensor * pipeline) == 0:
-            data = WORLD // tensor // pipeline
-            found.append(TrainerSide(tensor, pipeline, data, chunks, expert, sequence))
+        if WORLD % (tensor * pipeline * context) == 0:
+            data = WORLD // tensor // pipeline // context
+            found.append(TrainerSide(tensor, pipeline, data, chunks, expert, sequence, context))
     return found
 
 
@@ -54,9 +54,10 @@ def try_to_build(model_dir, side):
 def _build(model_dir, side):
     import torch
 
-    from megatron_dgpo.batch import Batch
+    from megatron_dgpo.micro_batch import TrainingSequence
     from megatron_dgpo.model.device import init_device
     from megatron_dgpo.model.gpt import build_chunks
+    from megatron_dgpo.model.packed import pack_micro_batches
     from megatron_dgpo.model.parallel import initialize_parallel
     from megatron_dgpo.model.policy import run_schedule
     from megatron_dgpo.weights.architectures import read_architecture
@@ -71,8 +72,9 @@ def _build(model_dir, side):
         for chunk in chunks:
             for parameter in chunk.parameters():
                 parameter.fill_(0.01)
-        batch = Batch.from_sequences([[5, 6]] * 4, [[7, 8, 9, 10]] * 4, multiple_of=4)
-        run_schedule(chunks, batch.split(1), lambda batch, states, head: states.sum())
+        sequence = TrainingSequence.of([5, 6], [7, 8, 9, 10])
+        micro_batches = pack_micro_batches([[sequence]] * 4, config.parallel)
+        run_schedule(chunks, micro_batches, lambda batch, states, head: states.sum())
 
 
 @pytest.mark.parametrize("family", ("qwen3", "qwen3_moe"))
@@ -102,16 +104,14 @@ def test_refused_layouts_are_refused_by_the_trainer(family, tmp_path):
 def test_step_sizes_are_refused_as_preflight_refuses_them(tmp_path):
     architecture = read_architecture(model_dirs(tmp_path)["qwen3"])
     compared = set()
-    for prompts, group, minibatches, rows, chunks, data in itertools.product(
-        (4, 6, 8), (1, 3), (1, 2, 4), (1, 2, 4), (1, 3), (1, 2, 4)
-    ):
+    for prompts, group, minibatches, chunks, data in itertools.product((4, 6, 8), (1, 3), (1, 2, 4), (1, 3), (1, 2, 4)):
         work = Workload(prompts, group, 8, 8, 8, 8, minibatches)
-        side = TrainerSide(1, 2, data, chunks, micro_batch=rows)
+        side = TrainerSide(1, 2, data, chunks)
         config = make_config(
             tmp_path,
             side.parallel().model_dump(),
             rollout={"prompts_per_step": prompts, "group_size": group},
-            batch={"minibatches": minibatches, "micro_batch_size": rows},
+            batch={"minibatches": minibatches},
         )
         try:
             check_layout("train", config, architecture, side)
@@ -155,16 +155,8 @@ def test_vllm_refuses_what_the_planner_refuses():
 def test_search_leaves_no_legal_layout_out(tmp_path):
     """Up to the recomputation and placement of one it lists."""
     architecture = read_architecture(model_dirs(tmp_path)["qwen3_moe"])
-    listed = {
-        (s.tensor, s.pipeline, s.data, s.chunks, s.expert, s.sequence)
-        for s, reason in trainer_sides(architecture, WORK, WORLD, 8)
-        if reason is None
-    }
-    legal = {
-        (s.tensor, s.pipeline, s.data, s.chunks, s.expert, s.sequence)
-        for s in candidates(architecture)
-        if refusal(architecture, s, WORK, 8) is None
-    }
+    listed = {s.layout for s, reason in trainer_sides(architecture, WORK, WORLD, 8) if reason is None}
+    legal = {s.layout for s in candidates(architecture) if refusal(architecture, s, WORK, 8) is None}
     assert legal <= listed
 
 
@@ -179,9 +171,11 @@ def random_architecture(family: Family, draw: random.Random) -> Architecture:
 def random_config(base: Config, draw: random.Random) -> tuple[Config, int]:
     """With the number of ranks it is to run on."""
     tensor, pipeline, replicas = (draw.choice((1, 1, 2, 2, 3, 4)) for _ in range(3))
+    context = draw.choice((1, 1, 2, 3))
     parallel = Parallel(
         tensor=tensor,
         pipeline=pipeline,
+        context=context,
         chunks_per_stage=draw.choice((1, 1, 2, 3)),
         expert=draw.choice((1, 1, 1, 2, 4)),
         data=draw.choice((None, replicas)),
@@ -193,9 +187,9 @@ def random_config(base: Config, draw: random.Random) -> tuple[Config, int]:
         count=draw.choice((1, 2)),
         expert_parallel=draw.random() < 0.2,
     )
-    batch = Batching(micro_batch_size=draw.choice((1, 1, 2, 3)), minibatches=draw.choice((1, 1, 2, 3)))
+    batch = Batching(minibatches=draw.choice((1, 1, 2, 3)))
     update = {"parallel": parallel, "rollout": rollout, "servers": servers, "batch": batch}
-    return base.model_copy(update=update), tensor * pipeline * replicas
+    return base.model_copy(update=update), tensor * pipeline * context * replicas
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,9 +1,11 @@
 """Weights, gradients and optimizer state: the formula's bytes are what Megatron allocates, on every rank's stage."""
 
 import itertools
+import math
 
 import pytest
 
+from megatron_dgpo.config import Parallel
 from megatron_dgpo.layout import Layout
 from megatron_dgpo.planning.memory import static_memory
 from megatron_dgpo.planning.sizes import Sizes
@@ -18,12 +20,15 @@ SHAPES = [
     *(dict(pipeline=2, data=d, chunks_per_stage=v) for d in (1, 2) for v in (1, 2)),
     dict(tensor=2, pipeline=2),
     dict(pipeline=4),
+    dict(context=2),
+    *(dict(context=2, **more) for more in (dict(data=2), dict(tensor=2), dict(pipeline=2))),
 ]
 MIXTURE_SHAPES = [
     dict(expert=2, data=2),
     dict(expert=2, data=4),
     dict(tensor=2, sequence=True, expert=2, data=2),
     dict(pipeline=2, expert=2, data=2),
+    dict(context=2, expert=2),
 ]
 DTYPES = ("float32", "bfloat16")
 # Whether its head is its embedding.
@@ -35,13 +40,13 @@ def settings() -> list[tuple[str, dict, str]]:
     found = []
     dense = itertools.product(("qwen3", "qwen2"), SHAPES, DTYPES)
     for family, shape, dtype in (*dense, *itertools.product(("qwen3_moe",), MIXTURE_SHAPES, DTYPES)):
-        for sharded in (False, True) if shape.get("data", 1) > 1 else (False,):
+        for sharded in (False, True) if shape.get("data", 1) * shape.get("context", 1) > 1 else (False,):
             found.append((family, {**shape, "distributed_optimizer": sharded}, dtype))
     return found
 
 
 def world_size(parallel: dict) -> int:
-    return parallel.get("tensor", 1) * parallel.get("pipeline", 1) * parallel.get("data", 1)
+    return math.prod(parallel.get(name, 1) for name in ("tensor", "pipeline", "data", "context"))
 
 
 def allocated(model_dir, parallel, dtype):
@@ -49,8 +54,9 @@ def allocated(model_dir, parallel, dtype):
     import torch
     from megatron.core import parallel_state
 
-    from megatron_dgpo.batch import Batch
+    from megatron_dgpo.micro_batch import TrainingSequence
     from megatron_dgpo.model.device import init_device
+    from megatron_dgpo.model.packed import pack_micro_batches
     from megatron_dgpo.model.parallel import initialize_parallel
     from megatron_dgpo.model.policy import Policy
     from megatron_dgpo.sft import mean_negative_logprob
@@ -65,8 +71,8 @@ def allocated(model_dir, parallel, dtype):
                 parameter.fill_(0.01)
     policy.reload_master_weights()
     # The moments exist after the first step.
-    batch = Batch.from_sequences([[5, 6]] * 4, [[7, 8, 9, 10]] * 4, multiple_of=2)
-    result = policy.step(batch.split(1), mean_negative_logprob(131))
+    sequence = TrainingSequence.of([5, 6], [7, 8, 9, 10])
+    result = policy.step(pack_micro_batches([[sequence]] * 4, config.parallel), mean_negative_logprob(131))
     assert not result.skipped
     storages = {
         p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in policy.modules for p in m.parameters()
@@ -102,13 +108,7 @@ def test_bytes_equal_megatrons(family, world, tmp_path):
     sizes = Sizes(read_architecture(model_dir))
     for _, parallel, dtype in layouts:
         ranks = run_ranks(allocated, world, model_dir, parallel, dtype)
-        layout = Layout(
-            parallel.get("tensor", 1),
-            parallel.get("pipeline", 1),
-            parallel.get("data", 1),
-            parallel.get("chunks_per_stage", 1),
-            parallel.get("expert", 1),
-        )
+        layout = Layout.from_config(Parallel(**parallel))
         for stage in range(layout.pipeline):
             found = [rank[1:] for rank in ranks if rank[0] == stage]
             e = 2 if dtype == "bfloat16" else 4

@@ -1,3 +1,4 @@
+import contextlib
 import logging
 import os
 import signal
@@ -79,9 +80,14 @@ def test_a_replacement_that_starts_takes_no_time_from_another_worker():
 
 
 def test_a_grader_that_waits_for_a_processor_has_the_time_that_it_computes():
-    # It shares one processor with others and computes for less than the limit, which takes longer than that.
-    with GraderPool(Reward(grader=_USER, timeout_s=0.8, workers=1)) as pool:
-        scores = pool.score([("starve", "0.5", {}), ("starve", "60", {})])
+    # It shares one processor with three others and computes for less than the limit, which takes longer than that.
+    processor = min(os.sched_getaffinity(0))
+    hog = f"import os; os.sched_setaffinity(0, [{processor}])\nwhile True: pass"
+    with GraderPool(Reward(grader=_USER, timeout_s=0.8, workers=1)) as pool, contextlib.ExitStack() as others:
+        for _ in range(3):
+            other = others.enter_context(subprocess.Popen([sys.executable, "-c", hog]))
+            others.callback(other.kill)
+        scores = pool.score([("starve", seconds, {"processor": processor}) for seconds in ("0.5", "60")])
     assert scores[0] == Score(1.0)
     assert scores[1].failure == "timeout: took longer than 0.8 s (reward.timeout_s)"
 

@@ -4,7 +4,8 @@ import dataclasses
 import os
 import resource
 import secrets
-import signal
+import threading
+import time
 
 import httpx
 import pytest
@@ -15,8 +16,10 @@ from megatron_dgpo import process
 from megatron_dgpo.layout import Layout
 from megatron_dgpo.rollout import client, server
 from megatron_dgpo.rollout.client import EngineError, Engines
+from megatron_dgpo.rollout.producer import Group, Producer, Wait
 from megatron_dgpo.rollout.response import Prompt
-from megatron_dgpo.rollout.source import request_seeds
+from megatron_dgpo.rollout.sampler import Sampler
+from megatron_dgpo.rollout.source import request_seed
 from megatron_dgpo.weight_sync.canary import check_servers
 from megatron_dgpo.weight_sync.shards import ShardSync, StaleWeightsError
 from megatron_dgpo.weights.architectures import read_architecture
@@ -40,7 +43,8 @@ class Live:
         self.config = make_config(
             model_dir,
             run={"dir": folder},
-            rollout={"context_tokens": 64},
+            rollout={"context_tokens": 256, "max_response_tokens": 200},
+            reward={"grader": "exact", "workers": 1},
             servers=servers,
             weight_sync={"check_all": True, "transport": "memory"},
         )
@@ -63,6 +67,7 @@ class Live:
         for name, shard in self.current_shards().items():
             self.shards[name].copy_(shard)
         self.sync.push(version)
+        self.engines.resume()
 
     @torch.no_grad()
     def perturb(self):
@@ -114,7 +119,7 @@ def test_logprobs_before_and_after_updates(live):
         assert live.worst_gap(0.7) < TOLERANCE, version
         assert live.greedy_equals_transformers(), version
         samples = live.engines.generate(PROMPTS, n=1, temperature=1.0, max_tokens=4, seeds=[1, 11, 21])
-        assert {sample.weight_version for sample in samples} == {version}
+        assert {sample.newest for sample in samples} == {version}
 
 
 def test_same_seed_same_samples(live):
@@ -128,7 +133,7 @@ def test_more_prompts_than_open_files(live, monkeypatch):
     """A whole test set at once, where the system allows few open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(client, "_connections", lambda: 16)
+    monkeypatch.setattr(client, "connections", lambda: 16)
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + 50, hard))
     try:
         prompts = [dataclasses.replace(PROMPTS[0], index=i) for i in range(120)]
@@ -141,7 +146,7 @@ def test_more_prompts_than_open_files(live, monkeypatch):
 def test_no_response_is_sampled_twice(live):
     """Neither in the next step, nor for a prompt that a step meets twice."""
     prompts = [PROMPTS[0], PROMPTS[0], PROMPTS[1]]
-    seeds = [request_seeds(0, step, prompts) for step in range(4)]
+    seeds = [[request_seed(0, str(3 * step + place)) for place in range(3)] for step in range(4)]
     responses = [
         tuple(sample.token_ids)
         for step in seeds
@@ -151,6 +156,65 @@ def test_no_response_is_sampled_twice(live):
     long = [tokens for tokens in responses if len(tokens) > 6]
     assert len(responses) == 48 and len(long) > 30
     assert len(set(long)) == len(long)
+
+
+class Words:
+    def batch_decode(self, token_ids, skip_special_tokens):
+        return ["" for _ in token_ids]
+
+
+def test_updates_in_the_middle_of_responses(live):
+    """Each token's log-prob is that of the version that its span names, the two at the boundary included; and one
+    request a response gives what one for all of a prompt's gives."""
+    live.push(20)
+    # Four at a time: there are some in the middle at both updates.
+    few = live.config.servers.model_copy(update={"max_concurrent": 4})
+    sampler = Sampler(live.config.model_copy(update={"servers": few}), SECRET, [2], sharers=1)
+    states, groups = {}, {p.index: Group(p, seed=50 + 10 * p.index, size=10, temperature=1.0) for p in PROMPTS}
+    with Producer(live.config, sampler, Words(), None) as producer:
+        producer.serve([live.address], 20)
+        producer.allow(groups)
+        for version in (21, 22):
+            states[version - 1] = {name: value.clone() for name, value in live.model.state_dict().items()}
+            made = _tokens_made(live)
+            deadline = time.monotonic() + 30
+            while _tokens_made(live) < made + 150 and time.monotonic() < deadline:
+                pass
+            live.perturb()
+            live.push(version)
+            producer.serve([live.address], version)
+        states[22] = {name: value.clone() for name, value in live.model.state_dict().items()}
+        assert producer.wait(groups, 120) is Wait.DONE
+        responses = producer.take(groups)
+    spans = [[version for version, _, _ in r.versions] for r in responses]
+    assert sum(len(found) > 1 for found in spans) >= 2 and {21, 22} <= {version for found in spans for version in found}
+    logprobs = {}
+    for version, state in states.items():
+        live.model.load_state_dict(state)
+        logprobs[version] = [_logprobs(live.model, r) for r in responses]
+    for place, response in enumerate(responses):
+        for version, start, end in response.versions:
+            found = torch.tensor(response.logprobs[start:end])
+            assert (logprobs[version][place][start:end] - found).abs().max() < TOLERANCE
+            others = [logprobs[other][place][start:end] for other in states if other != version]
+            assert all((other - found).abs().mean() > 1e-2 for other in others if end - start > 5)
+    live.push(23)
+    again = live.engines.generate(PROMPTS, n=4, temperature=1.0, max_tokens=40, seeds=[50, 60, 70])
+    alone = [live.engines.generate([PROMPTS[0]], n=1, temperature=1.0, max_tokens=40, seeds=[50 + i]) for i in range(4)]
+    assert [[s.token_ids for s in found] for found in alone] == [[s.token_ids] for s in again[:4]]
+
+
+def _tokens_made(live):
+    headers = {"Authorization": f"Bearer {SECRET}"}
+    text = httpx.get(f"{live.address}/metrics", headers=headers, timeout=30).text
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith("vllm:generation_tokens_total"))
+
+
+@torch.no_grad()
+def _logprobs(model, response):
+    ids = torch.tensor([response.prompt.token_ids + response.token_ids])
+    start = len(response.prompt.token_ids)
+    return torch.log_softmax(model(ids).logits[0, start - 1 : -1], -1).gather(-1, ids[0, start:, None])[:, 0]
 
 
 def check(live, version, tolerance=1e-3):
@@ -199,6 +263,7 @@ def test_canary_compares_logprobs(live):
         ("POST", "/inference/v1/generate"),
         ("GET", "/weight_info"),
         ("GET", "/v1/models"),
+        ("POST", "/megatron_dgpo/exit"),
     ],
 )
 def test_strangers_are_refused(live, method, path):
@@ -207,8 +272,34 @@ def test_strangers_are_refused(live, method, path):
     assert httpx.get(live.address + "/health").status_code == 200
 
 
-def test_a_dead_server_is_an_error_at_once(live):
-    # Not its resource tracker, which then frees shared memory.
-    os.kill(live.children[0].process.pid, signal.SIGKILL)
+def test_probes_pass_a_full_server(live):
+    """They are asked while it is paused; behind the queue they would come when two of three requests are done."""
+    busy, finished = live.engines.only([live.address]), []
+
+    async def request(http, call, free):
+        reply = await live.engines._request(http, call, free)
+        finished.append(call)
+        return reply
+
+    busy._request = request
+    prompts = [dataclasses.replace(PROMPTS[0], index=i) for i in range(384)]
+    sampling = {"n": 1, "temperature": 1.0, "max_tokens": 50, "seeds": list(range(384))}
+    live.engines._post_to_all("/pause?mode=keep&clear_cache=true", 60)
+    thread = threading.Thread(target=lambda: busy.generate(prompts, **sampling))
+    thread.start()
+    # Until the server has them.
+    time.sleep(3)
+    [[scores]] = live.engines.resume([[1, 50, 60, 70]])
+    before = len(finished)
+    thread.join()
+    print(f"{before} of {len(finished)} requests were done when the probe was scored")
+    assert len(scores) == 3 and before < 128 and len(finished) == 384
+
+
+def test_a_server_ends_when_it_is_asked_to(live):
+    """And is an error at once."""
+    live.engines.end(live.address)
+    assert live.children[0].process.wait(timeout=20) == 1
+    live.engines.end(live.address)
     with pytest.raises(EngineError, match="the server is gone"):
         live.engines.generate(PROMPTS, n=1, temperature=1.0, max_tokens=4, seeds=[1, 11, 21])

@@ -82,6 +82,7 @@ def push(folder, model, tensor, parallel, addresses, version, kill=None, in_plac
     from megatron_dgpo.model.policy import Policy
     from megatron_dgpo.rollout.client import Engines
     from megatron_dgpo.weight_sync.shards import ShardSync
+    from megatron_dgpo.weight_sync.sync import servers_resumed
     from megatron_dgpo.weights.architectures import read_architecture
     from megatron_dgpo.weights.load import named_shards
 
@@ -105,7 +106,9 @@ def push(folder, model, tensor, parallel, addresses, version, kill=None, in_plac
             return make_piece(move)
 
         sync._piece = piece
-    sync.push(version)
+    with servers_resumed(engines):
+        sync.push(version)
+    from_rank_0(engines.resume)
     return from_rank_0(lambda: (sync.differing_tensors(addresses[0]), len(sync._expected)))
 
 
@@ -116,7 +119,7 @@ def served_gap(engines, model):
     with torch.no_grad():
         logprobs = torch.log_softmax(policy(torch.tensor([PROBE])).logits[0], -1)
     expected = [logprobs[i, token].item() for i, token in enumerate(PROBE[1:])]
-    served = engines.prompt_logprobs(engines.addresses[0], PROBE)
+    [[served]] = engines.resume([PROBE])
     return max(abs(a - b) for a, b in zip(expected, served, strict=True))
 
 
@@ -176,7 +179,7 @@ def test_an_update_that_breaks_off_leaves_a_server_that_serves(live):
     with pytest.raises(AssertionError, match="the weight update broke off: .*trainer rank 1: injected"):
         run_ranks(push, 2, folder, folder / "model", tensor, {"tensor": 2}, engines.addresses, 45, FAIL)
     assert engines.weight_version(engines.addresses[0]) == BROKEN
-    assert all(math.isfinite(x) for x in engines.prompt_logprobs(engines.addresses[0], PROBE))
+    assert all(math.isfinite(x) for x in engines.resume([PROBE])[0][0])
 
 
 @one_server

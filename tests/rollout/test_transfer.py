@@ -18,11 +18,13 @@ from megatron_dgpo.planning.plan import sides_of
 from megatron_dgpo.rollout import client
 from megatron_dgpo.rollout.client import BROKEN, EngineError, Engines
 from megatron_dgpo.rollout.plugin import WorkerMethods
+from megatron_dgpo.rollout.response import Prompt
 from megatron_dgpo.weight_sync import gathered, stream
 from megatron_dgpo.weight_sync.canary import check_servers
 from megatron_dgpo.weight_sync.gathered import IpcSync, SummedSource, content_sum
-from megatron_dgpo.weight_sync.shards import ShardSync, StaleWeightsError, servers_resumed
+from megatron_dgpo.weight_sync.shards import ShardSync, StaleWeightsError
 from megatron_dgpo.weight_sync.stream import CalledOffError, call_off, join_group, receive_buckets, send_buckets
+from megatron_dgpo.weight_sync.sync import WeightSync, servers_resumed
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.resharding import (
     Move,
@@ -328,6 +330,7 @@ def update(engines):
         engines.start_weight_update()
         engines.update_weights({})
         engines.finish_weight_update("3")
+        engines.resume()
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -364,8 +367,9 @@ def test_limits_of_requests(monkeypatch, step, limit_s):
     """weight_sync.timeout_s for an update's steps, never that of a whole step's responses."""
     engines, limits = Engines(["http://nowhere"], "secret", 7200, [2], 20), {}
 
-    def call(*calls):
-        limits.update({call.path.partition("?")[0]: call.timeout_s for call in calls})
+    def call(*calls, meanwhile=()):
+        everything = [*calls, *(call for stage in meanwhile for call in stage)]
+        limits.update({call.path.partition("?")[0]: call.timeout_s for call in everything})
         return [{"success": True, "results": []} for _ in calls]
 
     monkeypatch.setattr(engines, "_call", call)
@@ -402,7 +406,7 @@ def test_a_push_that_breaks_off_resumes_the_servers(servers, one_rank, model):
     config = make_config("unused", weight_sync={"transport": "memory"}, servers={"dtype": "bfloat16"})
     sync = ShardSync(engines, shards_of(architecture, full), architecture, Layout(), config)
     sync._piece = None
-    with pytest.raises(StaleWeightsError, match="trainer rank 0"):
+    with pytest.raises(StaleWeightsError, match="trainer rank 0"), servers_resumed(engines):
         sync.push(1)
     assert [server.asked[-1] for server in found] == ["/wake_up"] * 2
     with sync:
@@ -430,6 +434,69 @@ def test_layers_that_a_broken_reload_left_empty_have_their_weights_again():
         assert all(layer.weight is weight for layer, weight in zip(model, weights, strict=True))
         assert model[0].weight.tolist() == [[1, 1], [1, 1]]
         assert all(layer.weight.equal(old) for layer, old in list(zip(model, before, strict=True))[1:])
+
+
+# Who is a member of a push
+
+
+class Fleet(Engines):
+    """Engines whose servers answer as `answers` says, one look after the other, the last one for ever."""
+
+    def __init__(self, *answers):
+        super().__init__(["a", "b"], "secret", 20, [2])
+        self.answers, self.ended = list(answers), []
+
+    def instances(self, timeout_s):
+        found = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        return found, [EngineError(f"{address} is gone") for address in self.addresses if address not in found]
+
+    def wait_until_healthy(self):
+        pass
+
+    def end(self, address):
+        self.ended.append(address)
+
+
+def answering(fleet, members, failure=None, **servers):
+    config = make_config("unused", servers={"count": 2, "start_timeout_s": 0.2, **servers})
+    weight_sync = WeightSync(config, fleet, None, None, [Prompt(0, [1, 2], "", "")])
+    weight_sync._instances = members
+    return weight_sync._answering(failure)
+
+
+BOTH = {"a": "1", "b": "1"}
+
+
+def test_the_first_push_needs_every_server():
+    assert answering(Fleet(BOTH), {}) == BOTH
+    with pytest.raises(EngineError, match="b is gone"):
+        answering(Fleet({"a": "1"}), {})
+
+
+def test_a_push_goes_to_those_that_answer():
+    fleet = Fleet({"b": "1"})
+    assert answering(fleet, BOTH) == {"b": "1"}
+    # It may hang.
+    assert fleet.ended == ["a"]
+    fleet = Fleet({"a": "2", "b": "1"})
+    assert answering(fleet, BOTH) == {"a": "2", "b": "1"} and fleet.ended == []
+
+
+def test_too_few_servers_are_waited_for(monkeypatch):
+    monkeypatch.setattr("megatron_dgpo.weight_sync.sync._POLL_S", 0.01)
+    assert answering(Fleet({}, {}, {"a": "2"}), BOTH) == {"a": "2"}
+    reason = r"1 of 2 servers answer, fewer than servers.min_serving=2, after servers.start_timeout_s=0.2: b is gone"
+    with pytest.raises(EngineError, match=reason):
+        answering(Fleet({"a": "1"}), BOTH, min_serving=2)
+
+
+def test_a_failure_that_cost_no_member_is_raised():
+    failure = StaleWeightsError("of a push")
+    with pytest.raises(StaleWeightsError, match="of a push"):
+        answering(Fleet(BOTH), BOTH, failure)
+    # One that was killed, and one that is up again already.
+    assert answering(Fleet({"a": "1"}), BOTH, failure) == {"a": "1"}
+    assert answering(Fleet({"a": "1", "b": "2"}), BOTH, failure) == {"a": "1", "b": "2"}
 
 
 # ipc
@@ -538,7 +605,7 @@ def test_ipc_meets_all_ranks_before_it_raises(ipc, model, step):
     found, sync = ipc((step,), ())
     seen = []
     sync._source._source.tensors = Counted(model[1], seen)
-    with pytest.raises(EngineError, match=f"{found[0].address}{step} answered 500"):
+    with pytest.raises(EngineError, match=f"{found[0].address}{step} answered 500"), servers_resumed(sync._engines):
         sync.push(3)
     assert len(seen) == len(model[1])
     assert found[1].asked[-1] == "/wake_up"
@@ -578,8 +645,8 @@ def test_content_sums_add_up():
 def test_broken_weights_are_of_no_version():
     """Neither are the responses that they give."""
     choice = {"index": 0, "finish_reason": "stop", "token_ids": [], "logprobs": {"content": []}}
-    sample = client._sample(None, choice | {"weight_versions": [{"version": BROKEN}]})
-    assert sample.weight_version == -1
+    sample = client._sample(None, choice | {"weight_versions": [{"version": BROKEN, "start": 0, "end": 0}]})
+    assert sample.newest == -1
 
 
 def test_bounded_sums(monkeypatch, model):

@@ -40,6 +40,8 @@ class Case:
     entropy: bool = False
     """Whether the loss has an entropy bonus."""
     main_grad: bool = True
+    alpha: float | None = 0.5
+    """Of the deviation; None: KL."""
 
 
 # Vocabularies: 152,064 of Qwen2.5-7B and larger, whole and over 8 ranks; 151,936 of Qwen3; 128,256 of Llama 3 over 4
@@ -53,6 +55,7 @@ CASES = {
     "float32": Case(100, 32_000, dtype="float32", entropy=True, main_grad=False),
     "float16": Case(100, 32_000, dtype="float16", main_grad=False),
     "odd vocabulary": Case(100, 50_257, entropy=True),
+    "KL": Case(100, 152_064 // 8, alpha=None),
 }
 
 
@@ -149,6 +152,7 @@ def run(case: Case, target: _Target) -> Outcome:
             vocab_size=case.vocab,
             reference_hidden_states=reference[0],
             reference_head_weight=reference[1],
+            alpha=case.alpha,
             tile_bytes=TILE_BYTES["cuda"],
         )
         (values.logprobs.sum() + (values.entropy.sum() if case.entropy else 0)).backward()

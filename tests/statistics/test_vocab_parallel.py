@@ -73,6 +73,23 @@ def _counting(function, calls):
     return call
 
 
+def of_shard(hidden, head, targets, vocab, reference_hidden, reference_head, **settings):
+    """What one of the ranks that share the vocabulary says, of its rows of both heads."""
+    import torch.distributed as dist
+
+    return token_statistics(
+        hidden,
+        head,
+        targets,
+        temperature=TEMPERATURE,
+        vocab_size=vocab,
+        tp_group=dist.group.WORLD,
+        reference_hidden_states=reference_hidden,
+        reference_head_weight=reference_head,
+        **settings,
+    )
+
+
 def sharded(cases, tier):
     """On one rank, for each case: values, gradients of states (summed over ranks) and head shard, calls."""
     import torch.distributed as dist
@@ -89,18 +106,8 @@ def sharded(cases, tier):
         with contextlib.ExitStack() as stack:
             for name in ("all_gather_into_tensor", "all_reduce", "all_gather"):
                 stack.enter_context(mock.patch.object(dist, name, _counting(getattr(dist, name), calls)))
-            values = token_statistics(
-                policy,
-                shard,
-                targets,
-                temperature=TEMPERATURE,
-                vocab_size=vocab,
-                tp_group=dist.group.WORLD,
-                reference_hidden_states=reference,
-                reference_head_weight=reference_head[rows],
-                tier=tier,
-                tile_bytes=tile_bytes,
-            )
+            reference_rows = reference, reference_head[rows]
+            values = of_shard(policy, shard, targets, vocab, *reference_rows, tier=tier, tile_bytes=tile_bytes)
             objective(values, n).backward()
         total = policy.grad.float().clone()
         dist.all_reduce(total)
@@ -144,7 +151,37 @@ def test_values_and_gradients_equal_the_definition(world, vocab, tier):
         torch.testing.assert_close(got, grad_head, **rounding)
 
 
-def from_logits(x, y, targets, vocab, tier):
+def deviations(cases):
+    """On one rank, [7] for each (vocab, tier, alpha); tiles that divide neither tokens nor columns."""
+    import torch.distributed as dist
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found = []
+    for vocab, tier, alpha in cases:
+        padded = -(-vocab // world) * world
+        (policy, head, reference, reference_head), targets = inputs(7, 8, vocab, padded)
+        rows = slice(rank * padded // world, (rank + 1) * padded // world)
+        shards = head[rows], targets, vocab, reference, reference_head[rows]
+        values = of_shard(policy, *shards, alpha=alpha, tier=tier, tile_bytes=4 * 31 * 3)
+        found.append(values.deviation)
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_other_deviations_equal_the_definition(world):
+    """1 − Σ π^α ρ^(1−α), and KL(π ‖ ρ). V = 3: the last of four ranks holds padding only."""
+    cases = [(v, tier, alpha) for v in (3, 97) for tier in TIERS for alpha in (0.2, 0.9, None)]
+    results = run_ranks(deviations, world, cases)
+    for (vocab, _, alpha), *of_ranks in zip(cases, *results, strict=True):
+        (policy, head, reference, reference_head), targets = inputs(7, 8, vocab, -(-vocab // world) * world)
+        x, y = policy @ head[:vocab].T / TEMPERATURE, reference @ reference_head[:vocab].T / TEMPERATURE
+        expected = dense_statistics(x, targets, y, alpha)[2]
+        assert expected.mean() > 1e-3
+        for got in of_ranks:
+            torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def from_logits(x, y, targets, vocab, tier, alpha=0.5):
     """Statistics of given logits: an identity head passes hidden states through."""
     eye = torch.eye(vocab)
     return token_statistics(
@@ -155,6 +192,7 @@ def from_logits(x, y, targets, vocab, tier):
         vocab_size=vocab,
         reference_hidden_states=y,
         reference_head_weight=eye,
+        alpha=alpha,
         tier=tier,
         # A few columns a tile: most responses meet several.
         tile_bytes=4 * 16,
@@ -186,14 +224,21 @@ def test_extreme_logits(tier, n, vocab, scale, seed, kind):
         assert torch.isfinite(got).all()
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=2e-3 if large else 2e-5)
     assert (values.entropy >= 0).all()
-    assert (values.hellinger2 >= 0).all() and (values.hellinger2 <= 1).all()
+    assert (values.deviation >= 0).all() and (values.deviation <= 1).all()
     if kind == "equal":
-        assert (values.hellinger2 < 1e-6).all()
+        assert (values.deviation < 1e-6).all()
     # Symmetric, and blind to a constant added to all logits of a position.
     swapped = from_logits(y, x, targets, vocab, tier)
-    torch.testing.assert_close(swapped.hellinger2, values.hellinger2, rtol=1e-4, atol=2e-3 if large else 2e-6)
+    torch.testing.assert_close(swapped.deviation, values.deviation, rtol=1e-4, atol=2e-3 if large else 2e-6)
     shifted = from_logits(x + 3.0, y - 5.0, targets, vocab, tier)
-    torch.testing.assert_close(shifted.hellinger2, values.hellinger2, rtol=1e-3, atol=4e-3 if large else 4e-6)
+    torch.testing.assert_close(shifted.deviation, values.deviation, rtol=1e-3, atol=4e-3 if large else 4e-6)
+    for alpha in (0.9, None):
+        deviation = from_logits(x, y, targets, vocab, tier, alpha).deviation
+        assert torch.isfinite(deviation).all() and (deviation >= 0).all()
+        wanted = dense_statistics(x, targets, y, alpha)[2]
+        torch.testing.assert_close(deviation.double(), wanted, rtol=1e-4, atol=2e-3 if large else 2e-5)
+        if kind == "equal":
+            assert (deviation < 1e-6).all()
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -309,6 +354,6 @@ def test_reference_gets_no_gradient():
         reference_hidden_states=reference,
         reference_head_weight=reference_head,
     )
-    assert not values.hellinger2.requires_grad and not values.reference_logprobs.requires_grad
+    assert not values.deviation.requires_grad and not values.reference_logprobs.requires_grad
     objective(values, 6).backward()
     assert policy.grad is not None and reference.grad is None and reference_head.grad is None

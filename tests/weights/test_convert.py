@@ -210,9 +210,9 @@ def extra_bytes(job) -> int:
 def test_memory_stays_at_a_few_tensors(tmp_path):
     """The allowance is far below the model; `tools/bench_convert.py` measures the bound itself on 9 GB."""
     widths = {"hidden_size": 1024, "intermediate_size": 4096, "num_key_value_heads": 8, "vocab_size": 49152}
-    source = generate(tmp_path / "source", 12, **widths, head_dim=32)
+    source = generate(tmp_path / "source", 14, **widths, head_dim=32)
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    largest, allowance = 2 * 49152 * 1024, 64 * 2**20
+    largest, allowance = 2 * 49152 * 1024, 96 * 2**20
     assert size > 2 * (2 * largest + allowance)
     for job in (
         Job(source, tmp_path / "megatron", "megatron", file_bytes=largest),

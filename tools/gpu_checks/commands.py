@@ -40,7 +40,7 @@ def resume(task: Task) -> Iterator[Line]:
     rows = [{"question": f"{i}+{i}", "answer": str(2 * i), "response": f"{i} and {i} is {2 * i}"} for i in range(8)]
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sections = {
-        "batch": {"micro_batch_size": 4},
+        "batch": {"micro_batch_tokens": 256},
         "rollout": {"context_tokens": 64},
         "data": {"train": str(problems)},
         "sft": {"data": str(problems), "steps": STEPS, "batch_size": 8},

@@ -12,10 +12,11 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_dgpo.algorithm.objective import Objective
-from megatron_dgpo.batch import Batch
 from megatron_dgpo.config import Config
+from megatron_dgpo.micro_batch import MicroBatch, TrainingSequence
 from megatron_dgpo.model.collectives import broadcast_from_last_stage
 from megatron_dgpo.model.layer_specs import uses_transformer_engine
+from megatron_dgpo.model.packed import pack_micro_batches
 from megatron_dgpo.model.parallel import tensor_group
 from megatron_dgpo.model.reference import Reference
 from megatron_dgpo.session import Session, world
@@ -102,9 +103,9 @@ def _rows() -> list[Row]:
     return [(tokens(4 + i % 3), tokens(12 + 5 * i % 11), advantages[i], None) for i in range(4)]
 
 
-def _micro_batches(session: Session) -> list[Batch]:
-    prompts, responses, advantages, _ = zip(*_rows(), strict=True)
-    return session.make_batch(prompts, responses, advantages).split(2)
+def _micro_batches(session: Session) -> list[MicroBatch]:
+    sequences = [TrainingSequence.of(*row) for row in _rows()]
+    return pack_micro_batches([sequences[:2], sequences[2:]], session.config.parallel)
 
 
 def _logprobs(session: Session, products: str) -> Line:

@@ -32,6 +32,8 @@ class Case:
     """Whether the loss has an entropy bonus."""
     logits: float = 1.0
     """Their standard deviation, about."""
+    alpha: float | None = 0.5
+    """Of the deviation; None: KL."""
 
 
 # Tiles of 4,096 tokens by 4,096 columns: several, whole and cut.
@@ -40,12 +42,14 @@ CASES = {
         "the paper's loss": Case(4200, 512, 152_064 // 8),
         "no reference, no entropy bonus": Case(1000, 512, 32_000, reference=False, entropy=False),
         "one token": Case(1, 512, 152_064),
+        "KL": Case(1000, 512, 32_000, alpha=None),
         "odd vocabulary, large logits": Case(500, 512, 50_257, logits=100.0),
     },
     "cpu": {
         "the paper's loss": Case(50, 32, 5000),
         "no reference, no entropy bonus": Case(50, 32, 5000, reference=False, entropy=False),
         "one token": Case(1, 32, 5000),
+        "KL": Case(50, 32, 5000, alpha=None),
         "odd vocabulary, large logits": Case(50, 32, 4999, logits=100.0),
     },
 }
@@ -111,6 +115,7 @@ def _fast(case: Case, tier: str, tensors: dict, targets: torch.Tensor):
         vocab_size=case.vocab,
         reference_hidden_states=tensors["reference_hidden"] if case.reference else None,
         reference_head_weight=tensors["reference_head"] if case.reference else None,
+        alpha=case.alpha,
         tier=tier,
     )
     _objective(case, values.logprobs, values.entropy).backward()
@@ -121,7 +126,7 @@ def _dense(case: Case, tensors: dict, targets: torch.Tensor):
     hidden, head = (tensors[name].double().requires_grad_() for name in ("hidden", "head"))
     x = hidden @ head.t()
     y = tensors["reference_hidden"].double() @ tensors["reference_head"].double().t() if case.reference else None
-    values = dense_statistics(x / TEMPERATURE, targets, None if y is None else y / TEMPERATURE)
+    values = dense_statistics(x / TEMPERATURE, targets, None if y is None else y / TEMPERATURE, case.alpha)
     _objective(case, *values[:2]).backward()
     values = [None if value is None else value.detach() for value in values]
     return values, [hidden.grad, head.grad]

@@ -51,7 +51,8 @@ class Point:
 
     @property
     def trainer(self) -> TrainerSide:
-        return TrainerSide(self.tensor, self.pipeline, self.data)
+        # A sequence each.
+        return TrainerSide(self.tensor, self.pipeline, self.data, micro_batch_tokens=PROMPT_TOKENS + RESPONSE_TOKENS)
 
     @property
     def work(self) -> Workload:
@@ -198,7 +199,8 @@ def _step_seconds(point: Point, model: Path) -> float:
     import torch.distributed as dist
 
     from megatron_dgpo.algorithm.objective import Objective
-    from megatron_dgpo.batch import Batch
+    from megatron_dgpo.micro_batch import TrainingSequence
+    from megatron_dgpo.model.packed import pack_micro_batches
     from megatron_dgpo.model.parallel import initialize_parallel, replica, tensor_group
     from megatron_dgpo.model.policy import Policy
     from megatron_dgpo.model.reference import Reference
@@ -218,10 +220,12 @@ def _step_seconds(point: Point, model: Path) -> float:
     rows = torch.randint(
         architecture.vocab_size, (point.responses // point.data, PROMPT_TOKENS + RESPONSE_TOKENS)
     ).tolist()
-    batch = Batch.from_sequences(
-        [row[:PROMPT_TOKENS] for row in rows], [row[PROMPT_TOKENS:] for row in rows], torch.randn(len(rows)).tolist()
-    )
-    micro_batches = reference.attach(batch.split(1))
+    advantages = torch.randn(len(rows)).tolist()
+    sequences = [
+        TrainingSequence.of(row[:PROMPT_TOKENS], row[PROMPT_TOKENS:], advantage)
+        for row, advantage in zip(rows, advantages, strict=True)
+    ]
+    micro_batches = reference.attach(pack_micro_batches([[sequence] for sequence in sequences], config.parallel))
     objective = Objective(config, architecture.vocab_size, reference.head_weight, tensor_group())
     times = []
     # The first has Megatron's set-up in it.

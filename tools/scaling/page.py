@@ -21,10 +21,13 @@ from tools.scaling.study import (
     BOUNDS,
     CLUSTERS,
     COLUMNS,
+    LONG,
+    MOST_STALENESS,
     PHASES,
     SCALINGS,
     TEXTS,
     WHOLE,
+    Ahead,
     Row,
 )
 
@@ -67,10 +70,21 @@ def _value(name: str, text: str):
 # The page
 
 
-def page(rows: list[Row], efficiencies: Efficiencies, measured: dict | None, command: str) -> str:
+def page(rows: list[Row], ahead: list[Ahead], efficiencies: Efficiencies, measured: dict | None, command: str) -> str:
     """The whole page; without `measured` its part says how to get it. The same for the same arguments."""
+    long = [row for row in rows if row.scaling in LONG]
+    rows = [row for row in rows if row.scaling not in LONG]
     parts = [_introduction(rows, efficiencies, command), _fits(rows), _overview(rows), _strong(rows), _weak(rows)]
-    parts += [_phases(rows), _bounds(rows), _cost(rows), _layouts(rows), _approximations(), _measured(measured)]
+    parts += [
+        _ahead(ahead, rows),
+        _long(long),
+        _phases(rows),
+        _bounds(rows),
+        _cost(rows),
+        _layouts(rows),
+        _approximations(),
+    ]
+    parts.append(_measured(measured))
     return "\n\n".join(parts) + "\n"
 
 
@@ -82,7 +96,6 @@ def _introduction(rows, efficiencies, command) -> str:
         for name, cluster in CLUSTERS.items()
         if any(row.cluster == name for row in rows)
     )
-    tokens = BASE.prompt_tokens + BASE.response_tokens
     return f"""# Scaling from 0.5B to 671B, 8 to 4,096 GPUs
 
 **Everything but the last section is predicted by the planner's formulas** (`megatron_dgpo/planning/`), not measured: no
@@ -98,15 +111,12 @@ which also writes `benchmarks/scaling.csv`: all figures of the tables below, and
 tokens and responses of {BASE.response_tokens:,} on average, at most {BASE.max_prompt_tokens:,} and
 {BASE.max_response_tokens:,}; one optimizer step; bfloat16. Clusters: {clusters}.
 
-**Padding.** This trainer pads rows to the longest, {BASE.row_tokens:,} positions for {tokens:,} tokens:
-{BASE.row_tokens / tokens:.1f} times the work of packed rows in the reference pass and the update. MFU counts useful
-tokens only, which is why it is so low.
-
 **Words.** tokens/s: prompt and response tokens of a step by its whole time. MFU (update): useful operations of the
 policy update by its time on the trainer's GPUs; MFU (step): of sampling, reference and update by the whole step on all
-GPUs; neither padding nor recomputation is useful. Headroom: GiB that the trainer leaves on its fullest GPU while it
-trains (a sleeping vLLM server keeps 3 of them). A phase is a sum of computing, reading memory, communicating and
-waiting for other pipeline stages, nothing hidden behind anything else; the bound is the largest over the step."""
+GPUs; neither padding in a pipeline nor recomputation is useful. Headroom: GiB that the trainer leaves on its fullest
+GPU while it trains (a sleeping vLLM server keeps 3 of them). A phase is a sum of computing, reading memory,
+communicating and waiting for other pipeline stages, nothing hidden behind anything else; the bound is the largest over
+the step."""
 
 
 def _fits(rows: list[Row]) -> str:
@@ -171,6 +181,52 @@ and servers and replicas need not talk to each other while they sample: an upper
     return text + "\n\n" + _by_gpus(rows, "weak", lambda row: f"{row.tokens_per_gpu_s:.0f}")
 
 
+def _ahead(ahead: list[Ahead], rows: list[Row]) -> str:
+    text = f"""## Sampling ahead
+
+Weak scaling's work with separate servers that sample up to {MOST_STALENESS} steps ahead of the training
+(`rollout.max_staleness`), simulated group by group with the trainer's own rules
+(`megatron_dgpo/planning/in_flight.py`); the staleness is the least that is as fast as any, to 3 %. Beside it the step
+of the tables above, one phase after the other, in its own best layout."""
+    alone = {(row.model, row.gpus): row for row in rows if (row.cluster, row.scaling) == ("h100", "weak")}
+    lines = []
+    for row in ahead:
+        before = alone[row.model, row.gpus]
+        lines.append(
+            [row.model, f"{row.gpus:,}", f"{before.step_s:.0f}", f"{before.tokens_per_gpu_s:.0f}", str(row.staleness)]
+            + [f"{row.step_s:.0f}", f"{row.tokens_per_gpu_s:.0f}", f"{before.step_s / row.step_s:.2f}"]
+            + [f"{row.ranks_wait:.0%}", f"{row.servers_busy:.0%}", row.trainer, row.servers]
+        )
+    names = ["model", "GPUs", "step s", "tokens/s/GPU", "staleness", "step s", "tokens/s/GPU", "times as fast"]
+    return text + "\n\n" + _table([*names, "ranks wait", "servers decode", "trainer", "vLLM servers"], lines)
+
+
+def _long(rows: list[Row]) -> str:
+    text = f"""## Long responses
+
+{BASE.prompts} prompts × {BASE.group} responses of at most 65,536 or 131,072 tokens, and a quarter of that on average.
+(Longer than these models were trained for: it is their sizes that are planned.) Phases as below, in percent."""
+    lines = [
+        [
+            row.model,
+            row.scaling,
+            f"{row.gpus:,}",
+            *([row.reason, "–", "–", "–", "–"] if row.reason else _long_cells(row)),
+        ]
+        for row in rows
+    ]
+    names = ["model", "longest", "GPUs", "step s", "tokens/s/GPU", "phases", "trainer", "vLLM servers"]
+    return text + "\n\n" + _table(names, lines)
+
+
+def _long_cells(row: Row) -> list[str]:
+    return [f"{row.step_s:,.0f}", f"{row.tokens_per_gpu_s:.0f}", _shares(row), row.trainer, row.servers]
+
+
+def _shares(row: Row) -> str:
+    return " / ".join(f"{getattr(row, f'share_{name}'):.0%}"[:-1] for name in PHASES if name != "policy")
+
+
 def _phases(rows: list[Row]) -> str:
     text = f"""## Share of each phase
 
@@ -180,10 +236,7 @@ one optimizer step.) With more GPUs for the same work the update shrinks and the
 
 ![share of each phase against GPUs](scaling_phases.png)"""
 
-    def cell(row: Row) -> str:
-        return " / ".join(f"{getattr(row, f'share_{name}'):.0%}"[:-1] for name in PHASES if name != "policy")
-
-    return text + "\n\n" + _by_gpus(rows, "strong", cell)
+    return text + "\n\n" + _by_gpus(rows, "strong", _shares)
 
 
 def _bounds(rows: list[Row]) -> str:
@@ -239,8 +292,8 @@ memory it saves to use: not counted.)"""
 def _layouts(rows: list[Row]) -> str:
     text = """## Best layouts
 
-Weak scaling. TP tensor (+SP sequence), PP pipeline, VP chunks a stage, EP expert, DP data parallel; sharded:
-distributed optimizer; mbs: rows of a micro-batch. The CSV has strong scaling's."""
+Weak scaling. TP tensor (+SP sequence), PP pipeline, VP chunks a stage, CP context, EP expert, DP data parallel;
+sharded: distributed optimizer; tokens: most of a rank's micro-batch. The CSV has strong scaling's."""
     lines = []
     for cluster, model in _models(rows):
         for row in _of(rows, cluster, model, "weak"):
@@ -261,9 +314,13 @@ def _approximations() -> str:
 - `b200-nvl64` is the planner's B200 with 64 GPUs on one NVLink domain, as of an NVL72, for models whose vLLM server
   does not fit a machine of eight H100. A GB200's own memory and rates differ by a few percent, and its domain is made
   of hosts with four GPUs: servers of more are not what this trainer's launcher starts today.
+- Micro-batches are filled as the trainer fills them, of lengths spread evenly over their distribution; replicas share a
+  step's sequences out so that none has more work than another, but for the longest sequence. Very small pieces of
+  sequences, of many context-parallel ranks, are computed as efficiently as large ones.
 - Experts get equal shares of the tokens. Rings of all sizes reach the same share of a link's bandwidth, and have no
   latency in training.
-- Grading, batching, checkpoints and the start of a run are left out; rollouts are not overlapped with training."""
+- Grading, batching, checkpoints and the start of a run are left out; rollouts overlap with training under *Sampling
+  ahead* alone."""
 
 
 def _measured(measured: dict | None) -> str:
@@ -336,6 +393,7 @@ def _of(rows: Iterable[Row], cluster: str, model: str, scaling: str) -> list[Row
 
 
 def draw(folder: Path, rows: list[Row], measured: dict | None) -> None:
+    rows = [row for row in rows if row.scaling not in LONG]
     _draw_throughput(folder / PICTURES[0], rows)
     phases = [(f"share_{name}", _NAMES[name]) for name in PHASES if name != "policy"]
     _draw_shares(folder / PICTURES[1], rows, phases, "Share of each phase of a step (predicted)")

@@ -1,10 +1,11 @@
 """Step times that others published, beside what the formulas say for the same layout.
 
 Training: Korthikanti et al. 2022 (arXiv 2205.05198), tables 3 and 5, A100; GELU layers, here as SwiGLU of as many
-operations. Mixture: Megatron-Bridge, docs/performance-summary.md, H100, bfloat16. RL: NeMo-RL v0.5,
-docs/about/performance-summary.md and its recipes at that tag, H100, bfloat16, GRPO with a
-reference, 2,048 responses in four optimizer steps; lengths are their measured means. Rows with context parallelism or
-asynchronous sampling are left out: this trainer has neither.
+operations. Mixture: Megatron-Bridge, docs/performance-summary.md, H100, bfloat16. RL: NeMo-RL v0.5, and v0.6 for
+Qwen3-235B, docs/about/performance-summary.md and its recipes at these tags, H100, bfloat16, GRPO with a reference;
+lengths are their measured means. Its sequences are packed as here, into as many tokens as the longest may have
+(sequence_packing.train_mb_tokens = max_total_sequence_length × train_micro_batch_size). Rows with asynchronous sampling
+are left out: this trainer has none.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _training(name, layers, hidden, heads, pipeline, chunks, batch, micro_batch,
                 sequence=sequence,
                 recompute=recompute,
                 reference="none",
-                micro_batch=micro_batch,
+                micro_batch_tokens=2048 * micro_batch,
             )
             return step_time.update_time(sizes, work, side, Cluster(GPUS["a100"], 8)).total
 
@@ -67,18 +68,26 @@ def _training(name, layers, hidden, heads, pipeline, chunks, batch, micro_batch,
 def _gpt_oss() -> float:
     """Windows of attention in every other layer are left out: 4,096 tokens make little of them."""
     sizes = Sizes(shape("mixtral", 36, 2880, 2880, 64, 8, 201088, 64, experts=(128, 4, 2880)))
-    side = TrainerSide(1, 4, 16, expert=8, distributed_optimizer=True, reference="none")
+    side = TrainerSide(1, 4, 16, expert=8, distributed_optimizer=True, reference="none", micro_batch_tokens=4096)
     work = Workload(1280, 1, 1, 4095, 1, 4095, reference=False)
     return step_time.update_time(sizes, work, side, Cluster(GPUS["h100"], 8)).total
 
 
-def _nemo(name, sizes, gpus, mean, trainer, vllm_tensor, seconds, padded=False) -> Published:
+def _nemo(name, sizes, gpus, mean, trainer, vllm_tensor, seconds, prompts=64, longest=4096, minibatches=4) -> Published:
+    """32 responses a prompt. `longest` has the prompt, of at most 200 tokens, in it."""
+
     def predict() -> float:
-        work = Workload(64, 32, _NEMO_PROMPT, mean - _NEMO_PROMPT, 200, 3896, minibatches=4, padded=padded)
-        planner = Planner(sizes(), work, Cluster(GPUS["h100"], 8))
+        work = Workload(prompts, 32, _NEMO_PROMPT, mean - _NEMO_PROMPT, 200, longest - 200, minibatches)
+        cluster = Cluster(GPUS["h100"], 8)
+        planner = Planner(sizes(), work, cluster)
         rollout = RolloutSide(vllm_tensor, gpus // vllm_tensor, shared=True)
         server = planner.server(rollout, _NEMO_FRACTION)
-        return sum(phase.total for phase in planner.phases(trainer, rollout, server).values())
+        total = sum(phase.total for phase in planner.phases(trainer, rollout, server).values())
+        if minibatches == 1:
+            # It computes old log-probs whatever the number of optimizer steps.
+            setting = planner.sizes, work, trainer, cluster
+            total += step_time.forward_time(*setting, step_time.head_time(*setting, False)).total
+        return total
 
     return Published(f"NeMo-RL {name}, {gpus} H100", seconds, predict)
 
@@ -95,7 +104,7 @@ PUBLISHED = [
         lambda: Sizes(shape("llama", 32, 4096, 14336, 32, 8, 128256)),
         16,
         1019,
-        TrainerSide(1, 2, 8, distributed_optimizer=True, recompute="full", micro_batch=4),
+        TrainerSide(1, 2, 8, distributed_optimizer=True, recompute="full", micro_batch_tokens=4096),
         1,
         92.8,
     ),
@@ -104,20 +113,41 @@ PUBLISHED = [
         lambda: Sizes(shape("qwen3", 64, 5120, 25600, 64, 8, 151936)),
         32,
         3251,
-        TrainerSide(4, 4, 2, sequence=True, distributed_optimizer=True),
+        TrainerSide(4, 4, 2, sequence=True, distributed_optimizer=True, micro_batch_tokens=4096),
         4,
         376,
-        # With a pipeline its packs are padded to 4,096 tokens, into which two such responses do not go.
-        padded=True,
     ),
     _nemo(
         "Qwen3-30B-A3B",
         lambda: sizes_of("Qwen3-30B-A3B"),
         32,
         3196,
-        TrainerSide(1, 1, 32, expert=8, distributed_optimizer=True),
+        TrainerSide(1, 1, 32, expert=8, distributed_optimizer=True, micro_batch_tokens=4096),
         2,
         198,
+    ),
+    # Two of its layers less on the first and last stage, which have embedding and head: here all are as long.
+    _nemo(
+        "Qwen3-235B-A22B",
+        lambda: sizes_of("Qwen3-235B-A22B"),
+        128,
+        5698,
+        TrainerSide(
+            2,
+            8,
+            4,
+            expert=16,
+            sequence=True,
+            context=2,
+            distributed_optimizer=True,
+            recompute="full",
+            micro_batch_tokens=4096,
+        ),
+        16,
+        395,
+        prompts=16,
+        longest=8192,
+        minibatches=1,
     ),
 ]
 

@@ -1,10 +1,11 @@
 """How a model's training step changes with the number of GPUs: one row for every model, cluster size and scaling.
 
-strong: the same work whatever the GPUs. weak: work in proportion to the GPUs; both are the same at 64 GPUs.
+strong: the same work whatever the GPUs. weak: work in proportion to the GPUs; both are the same at 64 GPUs. 64k and
+128k: the same number of responses, of at most so many tokens and a quarter of them on average, on one number of GPUs.
 
-Useful operations are 2 a weight and token and those of causal attention at mean lengths ([N], appendix; no padding, no
-recomputation), three times as many with the backward pass. MFU is their share of the data sheet's rate: of the update,
-on the trainer's GPUs and its time; of the step, with sampling and the reference pass, on all GPUs and the whole time.
+Useful operations are 2 a weight and token and those of causal attention ([N], appendix; no padding, no recomputation),
+three times as many with the backward pass. MFU is their share of the data sheet's rate: of the update, on the trainer's
+GPUs and its time; of the step, with sampling and the reference pass, on all GPUs and the whole time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.planning.step_time import Seconds
 from tools.scaling.models import ARCHITECTURES, sizes_of
 
-Scaling = Literal["strong", "weak"]
+Scaling = Literal["strong", "weak", "64k", "128k"]
 SCALINGS: tuple[Scaling, ...] = ("strong", "weak")
 GPU_COUNTS = tuple(8 * 2**n for n in range(10))
 # Machines of eight; and for models whose vLLM server needs more GPUs than such a machine, NVLink domains of 64 (of an
@@ -31,6 +32,16 @@ ONLY_LARGEST = {"b200-nvl64": ("Llama-3.1-405B", "671B-mixture")}
 # 128 prompts of 16 responses, tools/plan_parallelism.py's defaults; weak scaling has as many at BASE_GPUS.
 BASE = Workload(128, 16, 200, 2000, 1024, 8192)
 BASE_GPUS = 64
+# Tokens of the longest response, and GPUs of each model that is asked for them.
+LONG: dict[Scaling, int] = {"64k": 65536, "128k": 131072}
+LONG_GPUS = {"Qwen2.5-32B": 128, "Qwen3-235B-A22B": 512}
+# Weak scaling's work with servers that sample ahead: GPUs of each model, at the most so many steps ahead.
+AHEAD_GPUS = {
+    **dict.fromkeys(("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B", "Qwen2.5-14B"), 64),
+    **dict.fromkeys(("Qwen3-30B-A3B", "Qwen2.5-32B", "Qwen2.5-72B"), 64),
+    "Qwen3-235B-A22B": 128,
+}
+MOST_STALENESS = 4
 PLACEMENTS = {"h100": ("separate", "shared"), "b200-nvl64": ("separate",)}
 PHASES = {
     "rollout": ("rollout: prefill", "rollout: decode"),
@@ -86,6 +97,24 @@ class Row:
         return max(BOUNDS, key=lambda name: getattr(self, f"bound_{name}"))
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """The fastest plan of separate servers that sample ahead of the training (rollout.max_staleness), on H100."""
+
+    model: str
+    gpus: int
+    staleness: int
+    """The least that is as fast as any, to 3 %."""
+    step_s: float
+    """Of the simulation of groups in flight."""
+    tokens_per_gpu_s: float
+    ranks_wait: float
+    """Part of the time."""
+    servers_busy: float
+    trainer: str
+    servers: str
+
+
 TEXTS = ("cluster", "model", "scaling", "reason", "trainer", "servers")
 WHOLE = ("gpus", "prompts", "gpus_used")
 COLUMNS = [field.name for field in fields(Row)]
@@ -102,7 +131,13 @@ def all_series(models: Iterable[str], clusters: Iterable[str]) -> list[tuple[str
     ]
 
 
+def long_series() -> list[tuple[str, str, Scaling]]:
+    return [("h100", model, scaling) for model in LONG_GPUS for scaling in LONG]
+
+
 def workload(scaling: Scaling, gpus: int) -> Workload:
+    if scaling in LONG:
+        return replace(BASE, response_tokens=LONG[scaling] // 4, max_response_tokens=LONG[scaling])
     return BASE if scaling == "strong" else replace(BASE, prompts=max(1, BASE.prompts * gpus // BASE_GPUS))
 
 
@@ -124,9 +159,22 @@ def series_rows(
     return rows
 
 
+def ahead(model: str, efficiencies: Efficiencies) -> Ahead:
+    gpus, cluster = AHEAD_GPUS[model], replace(CLUSTERS["h100"], efficiencies=efficiencies)
+    work = workload("weak", gpus)
+    planner = Planner(sizes_of(model), work, cluster)
+    plan = planner.best_ahead(planner.search(gpus, ("separate",)), MOST_STALENESS)
+    assert plan, model
+    one = plan.ahead
+    rate = plan.tokens_per_gpu_s(work, one.step_s)
+    waits = round(one.ranks_wait, 4), round(one.servers_busy, 4)
+    sides = str(plan.trainer), f"{plan.rollout} on {plan.rollout.num_workers}"
+    return Ahead(model, gpus, one.staleness, round(one.step_s, 2), round(rate, 1), *waits, *sides)
+
+
 def _row(head: tuple, plan: Plan, sizes: Sizes, work: Workload, cluster: Cluster) -> Row:
     gpus, step_s = head[3], plan.step_s
-    tokens_per_s = work.rows * (work.prompt_tokens + work.response_tokens) / step_s
+    tokens_per_s = work.rows * work.mean_tokens / step_s
     shares = {
         f"share_{name}": sum(plan.phases[part].total for part in parts if part in plan.phases) / step_s
         for name, parts in PHASES.items()
@@ -161,12 +209,11 @@ def _row(head: tuple, plan: Plan, sizes: Sizes, work: Workload, cluster: Cluster
 def useful_operations(sizes: Sizes, work: Workload) -> tuple[float, float, float]:
     """(update, rollout, reference pass) of a step. A group's prompt is computed once in sampling; logits are made of
     response tokens only."""
-    length = work.prompt_tokens + work.response_tokens
     weights = sizes.layers * (sizes.attention_weights + sizes.active_mlp_weights)
-    # Each position meets half of the others on average, in two products.
-    attention = 2 * sizes.layers * sizes.a * sizes.d * length
+    # Each position meets half of the others of its sequence on average, in two products.
+    attention = 2 * sizes.layers * sizes.a * sizes.d * work.mean_square_tokens
     head = 2 * sizes.h * sizes.vocab * work.response_tokens
-    row = length * (2 * weights + attention)
+    row = work.mean_tokens * 2 * weights + attention
     shared_prompts = (work.rows - work.prompts) * work.prompt_tokens * 2 * weights
     sampling = work.rows * (row + head) - shared_prompts
     # The reference's logits are made in the loss.
@@ -182,7 +229,7 @@ def credit_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Clu
     and four more sums a token in the one all-gather: an upper bound. With several minibatches old log-probs cost it
     again.
     """
-    tokens = work.rows / trainer.data * work.response_tokens * (1 if work.minibatches == 1 else 2)
+    tokens = work.rows / trainer.copies * work.response_tokens * (1 if work.minibatches == 1 else 2)
     t = trainer.tensor
     touched = tokens * sizes.vocab / t * 2 * 4
     return Seconds(

@@ -1,0 +1,192 @@
+"""Every method of examples/algorithms trains, and does the same on one replica as on two."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from megatron_dgpo.config import load_config
+from tests.layouts import make_config
+from tests.ranks import run_ranks
+from tests.test_docs import undocumented
+from tools.tiny_models import make_tiny_model
+
+PRESETS = sorted((Path(__file__).parents[1] / "examples" / "algorithms").glob("*.yaml"))
+GROUP, LIMIT = 4, 12
+
+
+def made_up_responses():
+    """Of four prompts, in whose groups rewards and lengths differ; some responses are cut off."""
+    from megatron_dgpo.rollout.response import Prompt, Response
+
+    draw = torch.Generator().manual_seed(5)
+    found = []
+    for index in range(4):
+        prompt = Prompt(index, torch.randint(3, 131, (3,), generator=draw).tolist(), "", "")
+        for place in range(GROUP):
+            length = 2 + (5 * index + 3 * place) % (LIMIT - 1)
+            tokens = torch.randint(3, 131, (length,), generator=draw).tolist()
+            logprobs = (-5 + torch.rand(length, generator=draw)).tolist()
+            reason = "length" if length == LIMIT else "stop"
+            reward = float((index + place) % 3 == 0)
+            found.append(Response(prompt, tokens, logprobs, reason, [[0, 0, length]], reward=reward))
+    return found
+
+
+def updates(config_file, presets, *overrides):
+    """{preset: metrics, and the weights after two minibatches} of this rank, all in one process group."""
+    from megatron_dgpo.algorithm.objective import Objective
+    from megatron_dgpo.algorithm.record import CreditRecord
+    from megatron_dgpo.model.device import init_device
+    from megatron_dgpo.model.parallel import context_group, context_place, replica, tensor_group, tensor_place
+    from megatron_dgpo.model.reference import Reference
+    from megatron_dgpo.session import Session
+    from megatron_dgpo.trainer import update
+
+    init_device()
+    found = {}
+    with Session(load_config(config_file, list(overrides)), "train", 100) as session:
+        reference = Reference(session.config, session.architecture)
+        folder = session.config.run.dir
+        for preset in presets:
+            own = f"run.dir={folder / preset.stem}"
+            session.config = config = load_config(config_file, [str(preset), *overrides, own])
+            session.policy.load(config.model.path)
+            keeps = tensor_place()[0] == context_place()[0] == 0
+            record = CreditRecord(keeps) if config.rollout.record else None
+            objective = Objective(config, VOCAB, reference.head_weight, tensor_group(), context_group(), record)
+            number, replicas = replica()
+            responses = made_up_responses()
+            groups = {i: responses[i * GROUP : (i + 1) * GROUP] for i in range(4) if i % replicas == number}
+            metrics = update(session, objective, reference if config.needs_reference else None, groups, 1)
+            # Whoever does not write keeps nothing.
+            assert record is None or not record._parts
+            weights = torch.cat([p.detach().flatten() for m in session.policy.modules for p in m.parameters()])
+            found[preset.stem] = metrics, weights.clone()
+    return found
+
+
+VOCAB = 131
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("methods")
+    policy, teacher = (make_tiny_model(folder / str(seed), "qwen2", seed=seed, vocab_size=VOCAB) for seed in (1, 2))
+    settings = {
+        "run": {"dir": str(folder / "run")},
+        "model": {"path": str(policy), "reference": str(teacher), "dtype": "float32"},
+        "batch": {"micro_batch_tokens": 40, "minibatches": 2},
+        "optimizer": {"lr": 1e-3},
+        "rollout": {"group_size": GROUP, "max_response_tokens": LIMIT, "context_tokens": 32},
+        "data": {"train": "none"},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_every_method_on_one_replica_and_on_two(config):
+    [alone] = run_ranks(updates, 1, config, PRESETS)
+    shared = run_ranks(updates, 2, config, PRESETS)
+    before = None
+    for name, (metrics, weights) in alone.items():
+        assert not undocumented(metrics)
+        assert metrics["policy/skipped_steps"] == 0 and metrics["policy/grad_norm"] > 0, name
+        for other_metrics, other_weights in (found[name] for found in shared):
+            assert other_metrics["policy/loss"] == pytest.approx(metrics["policy/loss"], rel=1e-4, abs=1e-6), name
+            # Adam's first steps are as large for the smallest gradient as for any: what rounding makes is one of them.
+            assert (other_weights - weights).abs().mean() < 1e-5, name
+        assert before is None or not torch.equal(before, weights), name
+        before = weights
+    assert alone["dgpo_calibrated"][0]["credit/effective_share"] == pytest.approx(0.8, abs=1e-3)
+    assert "policy/reference_kl" in alone["grpo"][0] and "policy/reference_kl" not in alone["dapo"][0]
+    assert alone["dapo"][0]["policy/counted_share"] == 1
+
+
+RECORDED = [preset for preset in PRESETS if preset.stem in ("dgpo", "dgpo_calibrated", "fipo")]
+
+
+def recorded(config, folder, world_size, *overrides):
+    from megatron_dgpo.algorithm.record import read_credit
+
+    run_ranks(updates, world_size, config, RECORDED, "rollout.record=true", f"run.dir={folder}", *overrides)
+    return {preset.stem: read_credit(folder / preset.stem / "rollouts", 1) for preset in RECORDED}
+
+
+@pytest.fixture(scope="module")
+def recorded_alone(config, tmp_path_factory):
+    return recorded(config, tmp_path_factory.mktemp("alone"), 1)
+
+
+@pytest.mark.parametrize("layout", ["data", "tensor", "pipeline", "context"])
+def test_what_credit_is_made_of_is_recorded_whatever_the_layout(config, recorded_alone, tmp_path, layout):
+    for name, found in recorded(config, tmp_path, 2, f"parallel.{layout}=2").items():
+        expected = recorded_alone[name]
+        assert found.keys() == expected.keys() == {(i, place) for i in range(4) for place in range(GROUP)}
+        for key, response in found.items():
+            other = expected[key]
+            assert (response.advantage, response.counted) == (other.advantage, other.counted)
+            assert response.tokens.keys() == other.tokens.keys()
+            assert ("deviation" in response.tokens) == (name != "fipo")
+            for column, values in response.tokens.items():
+                # The second minibatch is of the weights that the first one made.
+                assert values == pytest.approx(other.tokens[column], rel=2e-3, abs=2e-3), (name, key, column)
+
+
+def test_weights_follow_from_what_is_recorded(recorded_alone):
+    """To the last bits, and so offline as in the trainer."""
+    from megatron_dgpo.algorithm.credit import credit_weights, gated_scores, temperatures_of_share
+
+    for name, settings in (("dgpo", {}), ("dgpo_calibrated", {"share": 0.8})):
+        for (_, response), made in zip(
+            sorted(recorded_alone[name].items(), key=lambda item: item[0]), made_up_responses(), strict=True
+        ):
+            tokens = {column: torch.from_numpy(values) for column, values in response.tokens.items()}
+            bounds = torch.tensor([0, len(made.token_ids)])
+            scores = gated_scores(
+                tokens["deviation"], tokens["entropy"], bounds, kappa=1, vocab_size=VOCAB, entropy_norm="log_vocab"
+            )
+            tau = temperatures_of_share(scores, bounds, settings["share"], 1e-4) if settings else 0.5
+            weights = credit_weights(scores, bounds, tau)
+            torch.testing.assert_close(weights, tokens["credit"], rtol=0, atol=1e-6)
+            assert tokens["credit"].sum() == pytest.approx(len(made.token_ids), abs=1e-3)
+            assert (response.tau is None) == (not settings)
+
+
+def test_a_record_that_is_not_there_or_not_whole_is_one_sentence(recorded_alone, tmp_path):
+    from megatron_dgpo.algorithm.record import file_of_credit, read_credit
+    from megatron_dgpo.errors import UsageError
+
+    with pytest.raises(UsageError, match="no credit of step 3 was recorded; train with rollout.record=true"):
+        read_credit(tmp_path, 3)
+    file_of_credit(tmp_path, 3, 0).write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(UsageError, match="is not a whole record"):
+        read_credit(tmp_path, 3)
+
+
+def test_overlong_responses_are_compared_with_and_not_trained_on():
+    from megatron_dgpo.trainer import training_sequences
+
+    responses = made_up_responses()
+    cut_off = [response.finish_reason == "length" for response in responses]
+    assert 0 < sum(cut_off) < len(responses)
+    rollout = {"group_size": GROUP, "max_response_tokens": LIMIT}
+    found = {
+        how: [
+            sequence
+            for position in range(4)
+            for sequence in training_sequences(
+                make_config("none", rollout=rollout, reward={"overlong": how}),
+                position,
+                responses[position * GROUP : (position + 1) * GROUP],
+                1,
+            )
+        ]
+        for how in ("none", "filter", "punish")
+    }
+    assert [not sequence.counted for sequence in found["filter"]] == cut_off
+    assert all(sequence.counted for how in ("none", "punish") for sequence in found[how])
+    advantages = {how: [sequence.advantage for sequence in found[how]] for how in found}
+    assert advantages["filter"] == advantages["none"] != advantages["punish"]
