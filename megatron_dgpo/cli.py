@@ -13,7 +13,7 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_dgpo import legality, sbatch, stop
+from megatron_dgpo import legality, process, sbatch, stop
 from megatron_dgpo.cluster import Node, torchrun_environment
 from megatron_dgpo.config import Config, config_text, load_config
 from megatron_dgpo.errors import UsageError
@@ -188,6 +188,7 @@ def _run_rank(options: argparse.Namespace, config: Config) -> int:
 
     # The launcher's way to end a rank at once, whatever it waits for.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process.stacks_on_request()
     # Libraries talk to the rank's log; rank 0's standard output is the user's.
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)

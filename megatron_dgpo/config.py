@@ -78,6 +78,9 @@ class Run(Section):
     """Training steps; one step samples, updates and pushes the new weights to the engines."""
     seed: int = Field(1, ge=0, lt=2**31)
     """Of the order of problems, of sampling and of Megatron's generators."""
+    collective_timeout_s: Seconds = 600
+    """Longest wait of a rank for the others, where none of them waits for a server: so long may one that is stopped or
+    hangs go unnoticed."""
     check_finite: bool = False
     """Stop at the first NaN or infinity that reaches the loss, naming tensor and token; for debugging, slower."""
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import secrets
+import shutil
 import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -30,6 +32,9 @@ from megatron_dgpo.run_lock import run_lock
 
 _AT_ONCE = (signal.SIGINT, signal.SIGHUP)
 _HOUR_S = 3600
+_FULL_BYTES = 2**20
+# gloo's words, those of PyTorch's watchdog over NCCL, and ours.
+_TIMED_OUT = re.compile(r"tim(ed|e)[ _]?out", re.IGNORECASE)
 
 
 class _Interrupted(BaseException):
@@ -77,13 +82,16 @@ def launch(arguments: list[str], config: Config, node: Node, world_size: int, ne
         stop.unblock()
         failed = process.supervise(ranks, servers, (0, stop.STOPPED), reviver(config))
         if failed is not None:
-            _report(failed, servers, node)
+            _report(failed, servers, node, process.write_stacks(ranks))
             return max(1, failed.process.returncode or 1)
         status = max(rank.process.returncode for rank in ranks)
         if status == stop.STOPPED and node.index == 0:
             print("\nstopped after a whole step; the same command continues the run", file=sys.stderr, flush=True)
         return status
     except _Interrupted as interrupted:
+        if node.in_job:
+            # The job ends because of another node, which may have waited for one of this node's ranks.
+            process.write_stacks(ranks)
         name = signal.Signals(interrupted.number).name
         print(f"\nstopped by {name}; the same command continues the run", file=sys.stderr, flush=True)
         return 128 + interrupted.number
@@ -136,8 +144,7 @@ def _start_rank(
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // local_size)),
         # Servers that compute on the same cores would wait for threads that spin.
         "OMP_WAIT_POLICY": "passive",
-        # One queue: a layer's collective starts before the product that it runs beside takes all of the GPU.
-        **({"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if torch.cuda.is_available() else {}),
+        **(_nccl_environment(node) if torch.cuda.is_available() else {}),
         **node.environment(),
         **os.environ,
         "RANK": str(rank),
@@ -153,6 +160,17 @@ def _start_rank(
     log = node.logs / f"rank_{rank}.log"
     environment["TORCHELASTIC_ERROR_FILE"] = str(process.error_file(log))
     return process.start(f"rank {rank}", command, environment, log, show_output=rank == 0, kept=held)
+
+
+def _nccl_environment(node: Node) -> dict[str, str]:
+    return {
+        # One queue: a layer's collective starts before the product that it runs beside takes all of the GPU.
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        # PyTorch's flight recorder: the last collectives of each rank, written when one passes its limit.
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_FR_DUMP_TEMP_FILE": str(node.logs / "nccl_trace_rank_"),
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    }
 
 
 def reviver(config: Config) -> Callable[[process.Child], bool]:
@@ -181,10 +199,13 @@ def reviver(config: Config) -> Callable[[process.Child], bool]:
     return revived
 
 
-def _report(failed: process.Child, servers: list[process.Child], node: Node) -> None:
+def _report(
+    failed: process.Child, servers: list[process.Child], node: Node, running: Sequence[process.Child] = ()
+) -> None:
     """Show the first failure, and the servers that ended beside it: a rank often fails because its server did.
 
-    Of a job's nodes only the first to fail shows its output; what follows elsewhere is named.
+    Of a job's nodes only the first to fail shows its output; what follows elsewhere is named. running: ranks whose
+    stacks were written; if the one that failed waited too long, it was for those of them that told no error.
     """
     time.sleep(1)
     told = [file.stat().st_mtime for file in node.logs.glob(f"*{failed.error_file.suffix}")]
@@ -196,6 +217,14 @@ def _report(failed: process.Child, servers: list[process.Child], node: Node) -> 
         print(
             f"{shown}{child.name} ended ({child.ending()}); its whole output: {child.log}", file=sys.stderr, flush=True
         )
+    if _TIMED_OUT.search(failed.first_error() or ""):
+        for rank in (rank for rank in running if not rank.error_file.exists()):
+            told = "which a signal has stopped" if rank.stopped else f"whose stacks are at the end of {rank.log}"
+            print(f"{failed.name} waited for {rank.name}, {told}", file=sys.stderr, flush=True)
+    total, _, free = shutil.disk_usage(node.logs)
+    if total and free < _FULL_BYTES:
+        # Then the logs do not tell.
+        print(f"no space left on the disk of {node.logs}", file=sys.stderr, flush=True)
 
 
 def trainer_size(config: Config, node: Node) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import json
 import math
@@ -16,13 +17,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 _LAST_LINES = 25
 _POLL_S = 0.05
 _SUPERVISE_S = 0.2
 # A culprit has said what it died of before it has ended: how long it may take for that, and may hang in it.
 _ENDING_S, _HANGING_S = 5, 60
+# For all threads' stacks, into a log.
+_STACKS_S = 0.5
 # A killed process is gone when the kernel has freed what it held, a GPU's memory perhaps.
 _KILLED_S = 10
+_STACKS = signal.SIGUSR2
 
 # Reads the children's process groups, and their temporary folder, until its parent is gone, then ends what is left of
 # them: first by asking, so that their resource trackers unlink shared memory. (By SIGINT: they may have SIGTERM
@@ -68,6 +74,13 @@ class Child:
         except OSError:
             return self.log.stat().st_mtime
 
+    @property
+    def stopped(self) -> bool:
+        """By a signal such as SIGSTOP, until another continues it."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
+        return False
+
     def ending(self) -> str:
         """How it ended."""
         status = self.process.returncode
@@ -75,17 +88,23 @@ class Child:
             return "it has failed and does not end"
         return signal.Signals(-status).name if status < 0 else f"exit status {status}"
 
-    def failure(self) -> str:
-        """The last lines of its log, and the error that it told, or the first one there, which causes the others."""
-        try:
-            lines = self.log.read_text(errors="replace").splitlines()
-        except OSError:
-            return ""
-        last = "\n".join(lines[-_LAST_LINES:])
-        first = next((m[2] for line in lines if "WARNING" not in line and (m := _ERROR.search(line))), None)
+    def first_error(self) -> str | None:
+        """The error that it told, or the first one in its log, which causes the others."""
         with contextlib.suppress(OSError, ValueError, KeyError):
-            first = json.loads(self.error_file.read_text())["message"]["message"]
+            return json.loads(self.error_file.read_text())["message"]["message"]
+        lines = self._lines()
+        return next((m[2] for line in lines if "WARNING" not in line and (m := _ERROR.search(line))), None)
+
+    def failure(self) -> str:
+        """The last lines of its log, and its first error."""
+        last, first = "\n".join(self._lines()[-_LAST_LINES:]), self.first_error()
         return last if first is None else f"{last}\n\n{self.name}, first error: {first}"
+
+    def _lines(self) -> list[str]:
+        try:
+            return self.log.read_text(errors="replace").splitlines()
+        except OSError:
+            return []
 
 
 @functools.cache
@@ -154,6 +173,21 @@ def _started(
         )
     _tell_guardian(str(process.pid))
     return process
+
+
+def write_stacks(children: Iterable[Child]) -> list[Child]:
+    """Have those that run end their logs with the stacks of their threads (`stacks_on_request`); returns them."""
+    running = [child for child in children if child.process.poll() is None]
+    for child in running:
+        child.process.send_signal(_STACKS)
+    if running:
+        time.sleep(_STACKS_S)
+    return running
+
+
+def stacks_on_request() -> None:
+    """In a child: by a handler in C, which runs whatever Python waits for."""
+    faulthandler.register(_STACKS)
 
 
 def stop(children: Iterable[Child], grace_s: float = 10) -> None:

@@ -26,23 +26,24 @@ from megatron_dgpo.model.policy import LossFunction, Policy, StepResult
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.export import export_hf
 
-_MARGIN = timedelta(minutes=10)
 
+def time_limits(config: Config) -> tuple[timedelta, timedelta]:
+    """How long a rank waits for others in Megatron's groups, and in that of all ranks.
 
-def patience(config: Config) -> timedelta:
-    """How long a rank waits for others: longer than any of them waits for a server.
-
-    The other long waits are short of it: for one file of an export (5 GB), and for one rank's part of a checkpoint.
+    In the latter they wait for whoever speaks with a server that starts or is updated. For responses nobody waits long:
+    the leaders give news of them every few seconds. The longest waits in the former that are in order are for one file
+    of an export (5 GB), and for one rank's part of a checkpoint.
     """
-    waits = config.rollout.request_timeout_s, config.servers.start_timeout_s, config.weight_sync.timeout_s
-    return _MARGIN + timedelta(seconds=max(waits))
+    limit = config.run.collective_timeout_s
+    longest = limit + max(config.servers.start_timeout_s, config.weight_sync.timeout_s)
+    return timedelta(seconds=limit), timedelta(seconds=longest)
 
 
 @contextlib.contextmanager
 def world(config: Config) -> Iterator[None]:
     """This rank has its device and has met the others, and nothing of the trainer is on any GPU yet."""
     device.init_device()
-    dist.init_process_group(device.backend(), timeout=patience(config))
+    dist.init_process_group(device.backend(), timeout=time_limits(config)[1])
     try:
         yield
     except Exception as error:
@@ -69,7 +70,7 @@ class Session(contextlib.ExitStack):
         super().__init__()
         self.config, self._command = config, command
         self.architecture = read_architecture(config.model.path)
-        initialize_parallel(config.parallel, config.run.seed, patience(config))
+        initialize_parallel(config.parallel, config.run.seed, time_limits(config))
         self.policy = Policy(config, self.architecture, optimizer_steps)
         self.policy.load(config.model.path)
         self.log = self.enter_context(MetricsLog(config.run.dir, command, visible=dist.get_rank() == 0))

@@ -1,11 +1,14 @@
 """What would be started where: commands, environments and GPUs of every recipe on nodes of 8 GPUs, without one."""
 
+import contextlib
+import io
 import json
 import os
 import re
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -328,20 +331,26 @@ finally:
 """
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
-def test_the_culprit_is_named_though_it_ends_after_its_victim(tmp_path, capfd, culprit):
+def two_ranks(folder: Path, program: str) -> list[process.Child]:
+    """Real ones, each of which runs the program."""
     port = server.free_port("127.0.0.1")
     rendezvous = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = []
     for number in range(2):
-        log = tmp_path / "logs" / f"rank_{number}.log"
+        log = folder / "logs" / f"rank_{number}.log"
         variables = {
             "PYTHONPATH": str(ROOT),
             "RANK": str(number),
             "TORCHELASTIC_ERROR_FILE": str(process.error_file(log)),
         }
-        command = [sys.executable, "-c", _TWO_RANKS.format(culprit=culprit)]
+        command = [sys.executable, "-c", program]
         ranks.append(process.start(f"rank {number}", command, os.environ | rendezvous | variables, log))
+    return ranks
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_the_culprit_is_named_though_it_ends_after_its_victim(tmp_path, capfd, culprit):
+    ranks = two_ranks(tmp_path, _TWO_RANKS.format(culprit=culprit))
     try:
         failed = process.supervise(ranks, [])
         assert failed is ranks[culprit]
@@ -353,3 +362,70 @@ def test_the_culprit_is_named_though_it_ends_after_its_victim(tmp_path, capfd, c
     assert f"rank {culprit} ended (exit status 1)" in said and f"rank {1 - culprit}" not in said.split("Traceback")[0]
     # So did the other one, of its broken connection.
     assert "Error" in json.loads(ranks[1 - culprit].error_file.read_text())["message"]["message"]
+
+
+_ONE_LATE = """
+import os
+import time
+import torch.distributed as dist
+from megatron_dgpo.process import stacks_on_request
+from megatron_dgpo.session import world
+from tests.layouts import make_config
+
+def somewhere():
+    while True:
+        time.sleep(1)
+
+stacks_on_request()
+limits = {"run": {"collective_timeout_s": 3}, "servers": {"start_timeout_s": 1}, "weight_sync": {"timeout_s": 1}}
+with world(make_config("unused", **limits)):
+    dist.barrier()
+    print("met", flush=True)
+    if os.environ["RANK"] == "1":
+        somewhere()
+    dist.barrier()
+"""
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["hangs", "is-stopped"])
+def test_whoever_was_waited_for_is_named(tmp_path, capfd, stopped):
+    ranks = two_ranks(tmp_path, _ONE_LATE)
+    try:
+        if stopped:
+            while "met" not in ranks[1].log.read_text():
+                assert ranks[1].process.poll() is None, ranks[1].log.read_text()
+                time.sleep(0.1)
+            ranks[1].process.send_signal(signal.SIGSTOP)
+        failed = process.supervise(ranks, [])
+        assert failed is ranks[0]
+        launcher._report(failed, [], Node(tmp_path), process.write_stacks(ranks))
+    finally:
+        process.stop(ranks)
+    said = capfd.readouterr().err
+    assert "Timed out waiting 4000ms" in said
+    if stopped:
+        assert "rank 0 waited for rank 1, which a signal has stopped" in said
+    else:
+        assert f"rank 0 waited for rank 1, whose stacks are at the end of {ranks[1].log}" in said
+        assert "in somewhere" in ranks[1].log.read_text()
+
+
+def test_a_full_disk_is_told(tmp_path):
+    """Of a folder, here a memory of 4 MiB, that takes neither the log nor the error."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", small], capture_output=True).returncode:
+        pytest.skip("NO SMALL DISK HERE: tmpfs cannot be mounted")
+    try:
+        log = small / "logs" / "rank_0.log"
+        fill = f"open('{small}/rest', 'wb').write(bytes(2**23))"
+        child = process.start("rank 0", [sys.executable, "-c", fill], dict(os.environ), log)
+        try:
+            failed = process.supervise([child], [])
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                launcher._report(failed, [], Node(small / "logs"))
+        finally:
+            process.stop([child])
+    finally:
+        subprocess.run(["umount", small], check=True)
+    assert f"no space left on the disk of {small / 'logs'}" in said.getvalue()

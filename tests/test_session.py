@@ -29,30 +29,33 @@ def model(tmp_path_factory):
 # Groups
 
 
-def timeouts_and_flag(model_dir):
-    """(time limits of all of Megatron's groups, whether `stop.asked` looked for a device)."""
+def limits_and_flag(model_dir):
+    """(time limits of Megatron's groups, that of the default group, whether `stop.asked` looked for a device)."""
     import torch.distributed as dist
 
     from megatron_dgpo import stop
     from megatron_dgpo.model.device import init_device
     from megatron_dgpo.model.parallel import initialize_parallel
-    from megatron_dgpo.session import patience
+    from megatron_dgpo.session import time_limits
 
     init_device()
-    config = make_config(model_dir, {"tensor": 2}, rollout={"request_timeout_s": 7200})
-    initialize_parallel(config.parallel, 1, patience(config))
-    groups = list(dist.distributed_c10d._world.pg_map)
-    limits = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+    config = make_config(model_dir, {"tensor": 2}, run={"collective_timeout_s": 60}, servers={"start_timeout_s": 7200})
+    initialize_parallel(config.parallel, 1, time_limits(config))
+    limits = {
+        group: group._get_backend(torch.device("cpu")).options._timeout for group in dist.distributed_c10d._world.pg_map
+    }
+    world = limits.pop(dist.group.WORLD)
     asked, current_device = [], torch.cuda.current_device
     torch.cuda.current_device = lambda: asked.append(True) or current_device()
     assert not stop.asked()
     torch.cuda.current_device = current_device
-    return len(groups), limits, asked
+    return list(limits.values()), world, asked
 
 
-def test_every_group_waits_as_long_as_a_rollout_may_take(model):
-    for count, limits, asked in run_ranks(timeouts_and_flag, 2, model):
-        assert count > 10 and limits == {timedelta(seconds=7200 + 600)}
+def test_time_limits_of_groups(model):
+    for limits, world, asked in run_ranks(limits_and_flag, 2, model):
+        assert len(limits) > 10 and set(limits) == {timedelta(seconds=60)}
+        assert world == timedelta(seconds=7200 + 60)
         # A flag on a device would make an NCCL communicator of the whole world.
         assert not asked
 

@@ -12,12 +12,11 @@ from megatron_dgpo.config import Parallel
 from megatron_dgpo.layout import Layout
 
 
-def initialize_parallel(parallel: Parallel, seed: int, patience: timedelta | None = None) -> None:
+def initialize_parallel(parallel: Parallel, seed: int, limits: tuple[timedelta, timedelta] | None = None) -> None:
     """Make Megatron's process groups and seed its generators. Collective; the default group must exist.
 
-    patience: how long a rank waits for another in any group, the default one included. Ranks of a replica wait for the
-    one that samples, and a replica for the others, so a run's must outlast its longest rollout; None: the default
-    group's is as it was, and Megatron's are half an hour. Raises UsageError when the sizes do not fill the world.
+    limits: how long a rank waits for others in Megatron's groups, and in the default one; None: half an hour, and as it
+    was. Raises UsageError when the sizes do not fill the world.
     """
     legality.check(legality.of_world(parallel, dist.get_world_size()))
     chunks = parallel.chunks_per_stage
@@ -29,9 +28,11 @@ def initialize_parallel(parallel: Parallel, seed: int, patience: timedelta | Non
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
     )
-    if patience is not None:
-        # Not by distributed_timeout_minutes: Megatron 0.16 forgets it for a group, of experts over gloo.
-        parallel_state.update_pg_timeout(patience)
+    if limits is not None:
+        # Not by distributed_timeout_minutes: Megatron 0.16 forgets it for a group, of experts over gloo. Its list has
+        # the default group, too.
+        parallel_state.update_pg_timeout(limits[0])
+        parallel_state.update_pg_timeout(limits[1], dist.group.WORLD)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
