@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_dgpo.complete_folder import complete_folder, partial_folder
+from megatron_dgpo.config import Checkpoint
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.manifest import (
     MANIFEST,
@@ -35,6 +36,7 @@ from megatron_dgpo.manifest import (
     check_architecture,
     check_origins,
     read_manifest,
+    step_of,
     wrong_sizes,
 )
 from megatron_dgpo.model.collectives import all_gathered, from_rank_0
@@ -62,10 +64,10 @@ def save(
     policy: Policy,
     architecture: Architecture,
     progress: Progress,
-    keep: int,
+    settings: Checkpoint,
     origins: Origins | None = None,
 ) -> Path:
-    """Write `folder/step_N` and drop all but the newest `keep`. Collective over all ranks; returns its path.
+    """Write `folder/step_N` and drop what `settings` do not keep. Collective over all ranks; returns its path.
 
     origins: of the run; what continues it must have the same. Raises UsageError, and writes nothing, where the disk
     has no room for what the last checkpoint took.
@@ -91,8 +93,9 @@ def save(
             }
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     if leads:
-        for old in candidates(folder)[keep:]:
-            shutil.rmtree(old)
+        for old in candidates(folder)[settings.keep :]:
+            if not (settings.keep_every and step_of(old) % settings.keep_every == 0):
+                shutil.rmtree(old)
     dist.barrier()
     return target
 

@@ -21,6 +21,8 @@ import psutil
 
 from megatron_dgpo.errors import UsageError
 
+DEVICE = "MEGATRON_DGPO_DEVICE"
+"""cpu: compute on the CPU, whatever GPUs there are or should be; not set: on the GPUs, where there are any."""
 JOB = "MEGATRON_DGPO_JOB"
 """JOB.RESTART, set by the sbatch files: this process is a node's launcher."""
 ROLLOUT_NODES = "MEGATRON_DGPO_ROLLOUT_NODES"
@@ -81,6 +83,15 @@ class Node:
                 os.listdir(self.logs)
             time.sleep(_POLL_S)
         raise UsageError(f"waited {timeout_s:g} s (servers.start_timeout_s) for {what}: {file} has not appeared")
+
+    def is_second_in_vain(self) -> bool:
+        """Notes that this start of the job made no step; whether the start before it, of a requeued job, made none
+        either: a third would be no better."""
+        if not self.in_job:
+            return False
+        (self.logs / "no_step").touch()
+        job, _, start = self.logs.name.rpartition(".")
+        return (self.logs.with_name(f"{job}.{int(start) - 1}") / "no_step").exists()
 
     def is_first_failure(self) -> bool:
         """True for the first caller of the whole job: its failure caused the others'."""

@@ -355,8 +355,12 @@ class Reward(Section):
 class Checkpoint(Section):
     every: Count = 20
     """Steps between checkpoints; the last step is always saved."""
+    every_minutes: PositiveFloat | None = None
+    """Most minutes between checkpoints, to the end of a step; null: however long `every` steps take."""
     keep: Count = 2
     """Newest checkpoints kept."""
+    keep_every: Count | None = None
+    """Checkpoints of every so many steps, a multiple of `every`, are kept for good; null: of none."""
 
 
 class Eval(Section):

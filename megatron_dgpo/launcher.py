@@ -26,6 +26,7 @@ from megatron_dgpo.cluster import Node
 from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.layout import Layout
+from megatron_dgpo.manifest import newest
 from megatron_dgpo.rollout import server
 from megatron_dgpo.rollout.guard import SECRET
 from megatron_dgpo.run_lock import run_lock
@@ -72,6 +73,7 @@ def launch(arguments: list[str], config: Config, node: Node, world_size: int, ne
             # Of a start with more ranks: in a job each start has a folder of its own.
             for stale in node.logs.glob("*.error"):
                 stale.unlink(missing_ok=True)
+        began_with = newest(config.run.dir / "checkpoints")
         addresses = list(config.servers.addresses)
         if needs_servers and not addresses:
             servers, addresses = server.start(config, secret, node.logs)
@@ -86,6 +88,11 @@ def launch(arguments: list[str], config: Config, node: Node, world_size: int, ne
             return max(1, failed.process.returncode or 1)
         status = max(rank.process.returncode for rank in ranks)
         if status == stop.STOPPED and node.index == 0:
+            if newest(config.run.dir / "checkpoints") == began_with and node.is_second_in_vain():
+                raise UsageError(
+                    "the job was asked to stop before it had made a step, and so was its start before this one: give "
+                    "it more --time than --signal's seconds and a step take"
+                )
             print("\nstopped after a whole step; the same command continues the run", file=sys.stderr, flush=True)
         return status
     except _Interrupted as interrupted:

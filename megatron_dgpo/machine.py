@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch
 
+from megatron_dgpo.cluster import DEVICE
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.model.compat import uses_transformer_engine
 
-DEVICE = "MEGATRON_DGPO_DEVICE"
-"""cpu: compute on the CPU, whatever GPUs there are or should be; not set: on the GPUs, where there are any."""
 _SLURM = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE", "SLURM_GPUS", "SLURM_GPUS_PER_NODE")
 _DRIVER = Path("/proc/driver/nvidia/version")
 _MODELS = Path("/proc/driver/nvidia/gpus")

@@ -40,7 +40,7 @@ class Progress:
 
 def candidates(folder: Path) -> list[Path]:
     """The checkpoints in a folder, newest first."""
-    return sorted(folder.glob("step_????????"), reverse=True)
+    return sorted(folder.glob(f"step_{'[0-9]' * 8}"), reverse=True)
 
 
 def newest(folder: Path) -> Path | None:
@@ -52,9 +52,13 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def oldest_progress(folder: Path) -> Progress | None:
-    """Of the checkpoints in a folder with a readable manifest."""
-    manifests = filter(None, map(read_manifest, reversed(candidates(folder))))
+def step_of(candidate: Path) -> int:
+    return int(candidate.name.removeprefix("step_"))
+
+
+def oldest_progress(folder: Path, keep: int) -> Progress | None:
+    """Of the newest `keep` checkpoints in a folder, with a readable manifest."""
+    manifests = filter(None, map(read_manifest, reversed(candidates(folder)[:keep])))
     return next((Progress(**manifest["progress"]) for manifest in manifests), None)
 
 

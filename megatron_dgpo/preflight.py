@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_dgpo import legality
-from megatron_dgpo.config import Config, Parallel
+from megatron_dgpo.config import Checkpoint, Config, Parallel
 from megatron_dgpo.data import load_prompts, load_solutions, load_tokenizer, place_of
 from megatron_dgpo.errors import UsageError, shown
 from megatron_dgpo.layout import Layout, ServerLayout
@@ -53,6 +53,7 @@ def check(
         _check_warmup(config)
     if command == "eval" and config.data.eval is None:
         raise UsageError("data.eval is missing: give the file of problems to evaluate on")
+    _check_checkpoints(config.checkpoint)
     _check_run_dir(config.run.dir)
     found = checkpoint or newest(config.run.dir / "checkpoints")
     if command == "eval" and from_model:
@@ -248,6 +249,14 @@ def _check_warmup(config: Config) -> None:
         raise UsageError(
             f"optimizer.warmup_steps={config.optimizer.warmup_steps} is not below the {steps} optimizer steps of the "
             "run"
+        )
+
+
+def _check_checkpoints(settings: Checkpoint) -> None:
+    if settings.keep_every and settings.keep_every % settings.every:
+        raise UsageError(
+            f"checkpoint.keep_every={settings.keep_every} is no multiple of checkpoint.every={settings.every}: no "
+            "checkpoint is written at most of those steps"
         )
 
 

@@ -6,6 +6,7 @@ top. Needs neither a GPU nor PyTorch: login nodes have neither.
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dgpo import legality
+from megatron_dgpo.cluster import DEVICE
 from megatron_dgpo.config import Config, is_file_of_settings
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.layout import Layout, ServerLayout
@@ -27,7 +29,7 @@ _PREFIX = "#SBATCH --"
 class Size:
     """nodes: that train. rollout_nodes: that run vLLM servers; 0: the one trainer node runs its own.
 
-    gpus: of a node; None: as the cluster gives them. rollout_gpus: of a rollout node; None: the same.
+    gpus: of a node; None: none, where the job computes on CPUs. rollout_gpus: of a rollout node; None: the same.
     """
 
     nodes: int
@@ -46,9 +48,11 @@ def write(config: Config, file: Path, overrides: list[str], size: Size, time: st
     text = (_ROOT / "slurm" / ("shared.sbatch" if shared else "separate.sbatch")).read_text()
     header, body = text.split(_SOURCE)
     mixed = size.rollout_gpus not in (None, size.gpus)
-    settings: dict[str, int | str] = {"nodes": size.nodes if shared or mixed else size.nodes + size.rollout_nodes}
+    settings: dict[str, int | str | None] = {
+        "nodes": size.nodes if shared or mixed else size.nodes + size.rollout_nodes
+    }
     settings |= {"time": time} if time else {}
-    settings |= {"gpus-per-node": size.gpus} if size.gpus else {}
+    settings |= {"gpus-per-node": size.gpus}
     settings |= dict(option.removeprefix("--").partition("=")[::2] for option in options)
     lines = _directives(header, settings)
     if mixed:
@@ -56,10 +60,11 @@ def write(config: Config, file: Path, overrides: list[str], size: Size, time: st
         lines += ["#SBATCH hetjob", *_directives(header, settings | _component(size))]
     files = [str(Path(text).resolve()) if is_file_of_settings(text) else text for text in overrides]
     command = shlex.join([str(file.resolve()), *files])
+    device = "" if size.gpus else f"export {DEVICE}=cpu\n"
     python = f"[[ -n ${{CONTAINER:-}} ]] || PYTHON=${{PYTHON:-{shlex.quote(sys.executable)}}}\n"
     split = "" if shared or mixed else f"ROLLOUT_NODES={size.rollout_nodes}\n"
     script = (_ROOT / "slurm" / "job.sh").read_text()
-    return "\n".join(["#!/usr/bin/env bash", *lines, "", f"set -- {command}", python + split + script + body])
+    return "\n".join(["#!/usr/bin/env bash", *lines, "", f"set -- {command}", device + python + split + script + body])
 
 
 def submit(text: str) -> str:
@@ -81,10 +86,13 @@ def _directives(header: str, settings: dict) -> list[str]:
     """The file's own, with `settings` over them."""
     own = (line.removeprefix(_PREFIX) for line in header.splitlines() if line.startswith(_PREFIX))
     merged = dict(option.partition("=")[::2] for option in own) | settings
-    return [f"{_PREFIX}{name}" + (f"={value}" if value != "" else "") for name, value in merged.items()]
+    given = {name: value for name, value in merged.items() if value is not None}
+    return [f"{_PREFIX}{name}" + (f"={value}" if value != "" else "") for name, value in given.items()]
 
 
 def _check(config: Config, size: Size) -> None:
+    if size.gpus is None and os.environ.get(DEVICE) != "cpu":
+        raise UsageError(f"--gpus-per-node is missing: without it SLURM gives the job none; {DEVICE}=cpu needs none")
     if size.rollout_nodes == 0 and size.nodes > 1:
         raise UsageError(
             f"--nodes={size.nodes} trainer nodes need --rollout-nodes: only one alone runs its own servers"

@@ -92,10 +92,10 @@ class Session(contextlib.ExitStack):
         return found or Progress()
 
     def save(self, progress: Progress) -> Progress:
-        """Returns where the oldest checkpoint that is kept stands."""
-        keep = self.config.checkpoint.keep
-        checkpoint.save(self._checkpoints, self.policy, self.architecture, progress, keep, self._origins)
-        return from_rank_0(lambda: oldest_progress(self._checkpoints) or progress)
+        """Returns where the oldest checkpoint stands that the run may go on from."""
+        settings = self.config.checkpoint
+        checkpoint.save(self._checkpoints, self.policy, self.architecture, progress, settings, self._origins)
+        return from_rank_0(lambda: oldest_progress(self._checkpoints, settings.keep) or progress)
 
     def export(self) -> Path:
         """Write the policy as a Hugging Face directory, `run.dir/hf`."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from megatron_dgpo import stop
 from megatron_dgpo.config import Config
 from megatron_dgpo.data import PromptOrder, load_solutions, load_tokenizer
 from megatron_dgpo.manifest import Progress
 from megatron_dgpo.model.packed import pack_micro_batches
 from megatron_dgpo.model.parallel import replica, tensor_group
 from megatron_dgpo.model.policy import LossFunction
+from megatron_dgpo.pace import Pace
 from megatron_dgpo.session import Session, world
 from megatron_dgpo.statistics import token_statistics
 
@@ -26,7 +26,8 @@ def sft(config: Config) -> bool:
         loss = mean_negative_logprob(session.architecture.vocab_size)
         progress = session.restore()
         session.log.start(progress.step, config.sft.steps)
-        stopped = stop.asked()
+        pace = Pace(config.checkpoint)
+        stopped = pace.stopped()
         while progress.step < config.sft.steps and not stopped:
             with session.log.phase("policy"):
                 rows = order.take(progress.prompts, config.sft.batch_size)
@@ -43,8 +44,9 @@ def sft(config: Config) -> bool:
             }
             session.log.write(progress.step, metrics)
             last = progress.step == config.sft.steps
-            stopped = stop.asked() and not last
-            if last or stopped or progress.step % config.checkpoint.every == 0:
+            stops, saves = pace.after_step(progress.step)
+            stopped = stops and not last
+            if saves or last:
                 with session.log.phase("checkpoint"):
                     session.save(progress)
                 session.log.saved()

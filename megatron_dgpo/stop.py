@@ -36,14 +36,6 @@ def unblock() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def asked() -> bool:
-    """Whether any rank was asked to stop, the same answer on every rank. Collectives: one all-reduce of a number."""
-    # Not above: a command that waits for its imports must have the signals blocked.
-    import torch
-    import torch.distributed as dist
-
-    pending = bool(SIGNALS & signal.sigpending())
-    # On the host, so over gloo: on the device all ranks would keep an NCCL communicator, with its buffers, for this.
-    flag = torch.tensor(int(pending))
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
+def pending() -> bool:
+    """Whether this process was asked to stop."""
+    return bool(SIGNALS & signal.sigpending())

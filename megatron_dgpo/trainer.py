@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import torch
 
-from megatron_dgpo import stop
 from megatron_dgpo.algorithm.advantages import group_advantages, over_step
 from megatron_dgpo.algorithm.objective import Objective
 from megatron_dgpo.algorithm.record import CreditRecord, file_of_credit
@@ -32,6 +31,7 @@ from megatron_dgpo.model.parallel import (
     tensor_place,
 )
 from megatron_dgpo.model.reference import Reference
+from megatron_dgpo.pace import Pace
 from megatron_dgpo.rollout.client import Engines
 from megatron_dgpo.rollout.response import Response
 from megatron_dgpo.rollout.source import RolloutSource
@@ -74,7 +74,8 @@ def train(config: Config) -> bool:
         weight_sync.push(progress.weight_version)
         if progress.step == 0:
             log.write(0, evaluate(config, rollouts, held_out, progress))
-        stopped = stop.asked()
+        pace = Pace(config.checkpoint)
+        stopped = pace.stopped()
         while progress.step < config.run.steps and not stopped:
             step, last = progress.step + 1, progress.step + 1 == config.run.steps
             with log.phase("rollout"):
@@ -91,8 +92,9 @@ def train(config: Config) -> bool:
                     metrics |= evaluate(config, rollouts, held_out, progress)
             # Written before the checkpoint: a kill between the two repeats the step, and its row is replaced.
             log.write(step, metrics)
-            stopped = stop.asked() and not last
-            if last or stopped or step % config.checkpoint.every == 0:
+            stops, saves = pace.after_step(step)
+            stopped = stops and not last
+            if saves or last:
                 with log.phase("checkpoint"):
                     rollouts.forget(session.save(progress))
                 log.saved()

@@ -14,6 +14,11 @@ export MEGATRON_DGPO_JOB=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 MEGATRON_DGPO_SECRET=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export MEGATRON_DGPO_SECRET
 
+# By then the trainer has saved and ended, when another step would not fit: see megatron_dgpo/pace.py. Without a limit
+# there is no date.
+MEGATRON_DGPO_JOB_END=$(date -d "$(squeue --noheader --job="$SLURM_JOB_ID" --format=%e | head -n 1)" +%s 2>/dev/null)
+export MEGATRON_DGPO_JOB_END
+
 steps=()
 # step SRUN_OPTION... COMMAND CONFIG OVERRIDE...: `megatron-dgpo COMMAND CONFIG OVERRIDE...` in the background, with %a
 # replaced by the job's index in its array. When one node's launcher has ended the others get 15 seconds; not

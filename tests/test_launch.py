@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_dgpo import cli, launcher, process
+from megatron_dgpo import cli, launcher, process, stop
 from megatron_dgpo.cluster import INTERFACE, JOB, ROLLOUT_NODES, Node
 from megatron_dgpo.config import load_config
 from megatron_dgpo.errors import UsageError
@@ -39,7 +39,7 @@ class Started:
     """Every process of a job, by node, and which GPUs each would use."""
 
     def __init__(self, monkeypatch) -> None:
-        self.node = ""
+        self.node, self.status = "", 0
         self.processes: list[SimpleNamespace] = []
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: GPUS)
@@ -59,7 +59,7 @@ class Started:
 
     def _start(self, name, command, env, log, show_output=False, kept=()):
         self.processes.append(SimpleNamespace(name=name, command=command, env=env, log=log, node=self.node))
-        return process.Child(name, SimpleNamespace(returncode=0, poll=lambda: 0), log, command, env)
+        return process.Child(name, SimpleNamespace(returncode=self.status, poll=lambda: 0), log, command, env)
 
     def _interfaces(self):
         entry = SimpleNamespace(family=socket.AF_INET, address=self.node)
@@ -115,6 +115,24 @@ def recipe(name: str, tmp_path: Path, *overrides: str):
     options = cli._parse(shlex.split(line, comments=True))
     config = load_config(ROOT / options.config, [f"run.dir={tmp_path}", *overrides])
     return config, options.nodes, options.rollout_nodes
+
+
+def test_a_job_that_is_stopped_before_its_first_step_is_requeued_once(started, tmp_path):
+    config = load_config(ROOT / "examples" / "arithmetic" / "config.yaml", [f"run.dir={tmp_path}"])
+    started.status, started.node = stop.STOPPED, "10.0.0.1"
+
+    def status_of_start(number: int) -> int:
+        variables = {JOB: f"7.{number}", INTERFACE: "ib0", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
+        node = Node.here(tmp_path, variables)
+        # Real ranks have their logs there.
+        node.logs.mkdir(parents=True)
+        return launcher.launch(["sft", "config.yaml"], config, node, 1, False)
+
+    assert status_of_start(0) == stop.STOPPED
+    with pytest.raises(UsageError, match="asked to stop before it had made a step, and so was its start before this"):
+        status_of_start(1)
+    # The one before it made steps.
+    assert status_of_start(3) == stop.STOPPED
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -7,8 +7,14 @@ from pathlib import Path
 import pytest
 
 from megatron_dgpo.cli import main
+from megatron_dgpo.cluster import DEVICE
 
 CONFIG = Path(__file__).parents[1] / "examples" / "arithmetic" / "config.yaml"
+
+
+@pytest.fixture(autouse=True)
+def on_cpus(monkeypatch):
+    monkeypatch.setenv(DEVICE, "cpu")
 
 
 def printed(capsys, *arguments: str) -> str:
@@ -35,6 +41,17 @@ def test_one_node(capsys):
     [options] = components(printed(capsys, "--gpus-per-node=8", "--time=1:00:00"))
     assert options["nodes"] == "1" and options["gpus-per-node"] == "8" and options["time"] == "1:00:00"
     assert options["signal"].startswith("B:USR1@") and options["open-mode"] == "append" and "requeue" in options
+
+
+def test_gpus_are_asked_for_unless_the_job_computes_on_cpus(capsys, monkeypatch):
+    text = printed(capsys)
+    [options] = components(text)
+    assert "gpus-per-node" not in options and f"\nexport {DEVICE}=cpu\n" in text
+    [options] = components(text := printed(capsys, "--gpus-per-node=4"))
+    assert options["gpus-per-node"] == "4" and options["mem"] == "0" and DEVICE not in text
+    monkeypatch.delenv(DEVICE)
+    assert main(["launch", str(CONFIG), "--dry-run"]) == 2
+    assert "--gpus-per-node is missing: without it SLURM gives the job none" in capsys.readouterr().err
 
 
 def test_equal_nodes_make_one_component(capsys):

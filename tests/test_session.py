@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_dgpo.config import Checkpoint
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.manifest import check_origins, fingerprint, origins, read_manifest
 from megatron_dgpo.rollout.response import Response
@@ -30,12 +31,12 @@ def model(tmp_path_factory):
 
 
 def limits_and_flag(model_dir):
-    """(time limits of Megatron's groups, that of the default group, whether `stop.asked` looked for a device)."""
+    """(time limits of Megatron's groups, that of the default group, whether `Pace` looked for a device)."""
     import torch.distributed as dist
 
-    from megatron_dgpo import stop
     from megatron_dgpo.model.device import init_device
     from megatron_dgpo.model.parallel import initialize_parallel
+    from megatron_dgpo.pace import Pace
     from megatron_dgpo.session import time_limits
 
     init_device()
@@ -47,7 +48,7 @@ def limits_and_flag(model_dir):
     world = limits.pop(dist.group.WORLD)
     asked, current_device = [], torch.cuda.current_device
     torch.cuda.current_device = lambda: asked.append(True) or current_device()
-    assert not stop.asked()
+    assert not Pace(config.checkpoint).stopped()
     torch.cuda.current_device = current_device
     return list(limits.values()), world, asked
 
@@ -134,7 +135,7 @@ def resumed_with_other_settings(model_dir, folder):
     policy.step(batches(2), loss)
     gathered, all_gather = [], dist.all_gather
     dist.all_gather = lambda *arguments, **named: gathered.append(arguments) or all_gather(*arguments, **named)
-    checkpoint.save(folder, policy, architecture, Progress(1), 1)
+    checkpoint.save(folder, policy, architecture, Progress(1), Checkpoint(keep=1))
     dist.all_gather = all_gather
     settings = {"lr": 4e-3, "min_lr": 1e-3, "schedule": "linear", "weight_decay": 0.5, "beta2": 0.5}
     config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update=settings)})
@@ -161,10 +162,10 @@ def saved_on_a_full_disk(model_dir, folder):
 
     _, architecture, policy, batches, loss = build(model_dir, {})
     policy.step(batches(2), loss)
-    checkpoint.save(folder, policy, architecture, Progress(1), 2)
+    checkpoint.save(folder, policy, architecture, Progress(1), Checkpoint())
     checkpoint.shutil.disk_usage = lambda path: (10**12, 10**12 - 10_000, 10_000)
     try:
-        checkpoint.save(folder, policy, architecture, Progress(2), 2)
+        checkpoint.save(folder, policy, architecture, Progress(2), Checkpoint())
         error = "none"
     except UsageError as refused:
         error = str(refused)

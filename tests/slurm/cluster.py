@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from megatron_dgpo import process
+from megatron_dgpo.cluster import DEVICE
 from megatron_dgpo.rollout.server import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
@@ -27,6 +28,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
+GresTypes=gpu
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -66,6 +68,8 @@ class Slurm:
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
         # Where SLURM kills a whole step at once, nobody is left to remove its temporary files.
         self.environment["TMPDIR"] = str(folder)
+        # Its nodes have GPUs, as in the sbatch files, but this host has none.
+        self.environment[DEVICE] = "cpu"
         self._daemons: list[process.Child] = []
         self._write_config()
         self._start("munged", "--foreground", "--force", *self._munge_files())
@@ -78,12 +82,14 @@ class Slurm:
     def _write_config(self) -> None:
         folder, host = self._folder, socket.gethostname().split(".")[0]
         nodes = [
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=2 State=UNKNOWN"
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=2 Gres=gpu:8 State=UNKNOWN"
             for name in NODES
         ]
         user = subprocess.check_output(["id", "-un"], text=True).strip()
         text = _CONFIG.format(host=host, port=free_port(), user=user, folder=folder, nodes="\n".join(nodes))
         (folder / "slurm.conf").write_text(text)
+        # No device files: SLURM counts them.
+        (folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} Name=gpu Count=8\n")
         for name in ("state", *NODES):
             (folder / name).mkdir()
         (folder / "munge.key").touch(mode=0o400)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_dgpo.cluster import DEVICE
 from megatron_dgpo.manifest import candidates
 from megatron_dgpo.metrics import read_metrics
 
@@ -215,6 +216,18 @@ def test_one_node_trains_and_is_evaluated(slurm, arithmetic, tmp_path):
     assert re.search(r"^\w+ 2/2: reward", job.text(), re.MULTILINE)
     job.submit("--wait", file="slurm/eval.sbatch")
     assert job.state() == "COMPLETED" and "eval: problems=4 avg@1=" in job.text(), job.text()
+
+
+def test_a_job_that_has_gpus_and_sees_none_says_so(slurm, arithmetic, tmp_path):
+    """With generic resources: the files ask for GPUs, and SLURM gives them to the job's step."""
+    job = Job(slurm, arithmetic, tmp_path)
+    del slurm.environment[DEVICE]
+    try:
+        job.submit(file="slurm/shared.sbatch")
+        job.wait_for_end("FAILED", END_S)
+    finally:
+        slurm.environment[DEVICE] = "cpu"
+    assert re.search(r"PyTorch sees no GPU, but SLURM gave this job some \(SLURM_\w+=", job.text()), job.text()
 
 
 def test_conversion(slurm, arithmetic, tmp_path):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_dgpo.config import Checkpoint
 from megatron_dgpo.weights import convert as convert_module
 from megatron_dgpo.weights.convert import Conversion, Job, convert
 from tests.layouts import make_config
@@ -158,7 +159,7 @@ def save_checkpoint(model_dir, folder, parallel, stacked=True):
     policy = Policy(config, architecture, 1)
     policy.load(model_dir)
     if stacked:
-        return checkpoint.save(folder, policy, architecture, Progress(), 1)
+        return checkpoint.save(folder, policy, architecture, Progress(), Checkpoint())
     folder.mkdir(exist_ok=True)
     state = policy.modules[0].sharded_state_dict(metadata={"non_homogeneous_layers": True})
     dist_checkpointing.save(state, str(folder))

@@ -10,6 +10,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_dgpo.config import Checkpoint
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.convert import Job, convert
@@ -138,13 +139,13 @@ def load_crafted(model_dir, folder):
     for each in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
         each.optimizer.step()
     honest, state = checkpoint._rng_state, {"python": Runs(folder / "ran")}
-    path = checkpoint.save(folder, policy, architecture, Progress(step=1), 2)
+    path = checkpoint.save(folder, policy, architecture, Progress(step=1), Checkpoint())
     checkpoint.load(path, policy)
     table = pickle.loads((path / METADATA).read_bytes())
     table.storage_meta = Runs(folder / "ran")
     (path / METADATA).write_bytes(pickle.dumps(table))
     checkpoint._rng_state = lambda: honest() | state
-    crafted = checkpoint.save(folder, policy, architecture, Progress(step=2), 2)
+    crafted = checkpoint.save(folder, policy, architecture, Progress(step=2), Checkpoint())
     checkpoint._rng_state = honest
     found = []
     for each in (path, crafted):
