@@ -226,8 +226,8 @@ def _report(
         )
     if _TIMED_OUT.search(failed.first_error() or ""):
         for rank in (rank for rank in running if not rank.error_file.exists()):
-            told = "which a signal has stopped" if rank.stopped else f"whose stacks are at the end of {rank.log}"
-            print(f"{failed.name} waited for {rank.name}, {told}", file=sys.stderr, flush=True)
+            state = "which a signal has stopped" if rank.stopped else f"whose stacks are at the end of {rank.log}"
+            print(f"{failed.name} waited for {rank.name}, {state}", file=sys.stderr, flush=True)
     total, _, free = shutil.disk_usage(node.logs)
     if total and free < _FULL_BYTES:
         # Then the logs do not tell.
