@@ -23,7 +23,6 @@ MANIFEST = "manifest.json"
 _HEAD_BYTES = 64 * 1024
 _PIECES, _PIECE_BYTES = 1024, 4096
 _MOST_DIFFERENCES = 4  # that an error names: of another family nearly everything differs
-
 _READ_BYTES = 8 * 2**20
 
 Origins = dict[str, list[str]]
@@ -55,6 +54,7 @@ class Progress:
 
 
 def checkpoint_of(folder: Path, step: int) -> Path:
+    """Where that of a step is kept."""
     return folder / f"step_{step:08d}"
 
 

@@ -56,10 +56,12 @@ def _commit() -> str | None:
     """Of the checkout that this package is in, with -dirty where its files differ; None where it is in none."""
     if not (_CHECKOUT / ".git").exists():
         return None
-    # Describes no tag, and leaves the index as it is: ranks may run as somebody else.
-    command = ["git", "--no-optional-locks", "-C", str(_CHECKOUT), "describe"]
-    command += ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    # Leaves the index as it is: its owner may be at work there.
+    command = ["git", "--no-optional-locks", "-C", str(_CHECKOUT), "status", "--porcelain=v2", "--branch"]
+    command += ["--untracked-files=no"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S, check=True).stdout.strip()
+        found = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S, check=True).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return None
+    dirty = any(not line.startswith("#") for line in found)
+    return next(line.split()[2] for line in found if line.startswith("# branch.oid")) + "-dirty" * dirty

@@ -272,15 +272,15 @@ def test_what_may_change_is_told_and_nothing_else(model, rows):
     changed = origins(make_config(model, {"data": 2}, data=data, **new), "train")
     check_origins(Path("step_1"), {"origins": ours}, changed)
     assert changes({"origins": ours}, changed) == [
+        "run.steps 100 → 200",
         f"model.reference {model} → null",
         "parallel.data null → 2",
-        "run.steps 100 → 200",
         "optimizer.lr 1e-06 → 2e-06",
         "optimizer.schedule constant → cosine",
         "algorithm.credit distribution_guided → uniform",
         "rollout.max_staleness 0 → 2",
         'servers.addresses [] → ["http://a:1", "http://b:2"]',
-    ] or sorted(changes({"origins": ours}, changed))
+    ]
     # Of before there were such entries, or with settings that are gone.
     for origin in ({}, {"model.path": ours["model.path"]}, {"rollout.gone": ["1", "1"]}):
         check_origins(Path("step_1"), {"origins": origin}, changed)
