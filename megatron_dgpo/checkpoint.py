@@ -13,7 +13,6 @@ import json
 import logging
 import random
 import shutil
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +34,8 @@ from megatron_dgpo.manifest import (
     candidates,
     check_architecture,
     check_origins,
+    checkpoint_of,
+    crc32_of,
     read_manifest,
     step_of,
     wrong_sizes,
@@ -45,7 +46,6 @@ from megatron_dgpo.model.policy import Policy
 from megatron_dgpo.weights.architectures import Architecture
 from megatron_dgpo.weights.dcp_metadata import only_data
 
-_READ_BYTES = 8 * 2**20
 # The optimizer's shards can be read back at any tensor, pipeline and data parallel size. For that the shards of all
 # replicas are put together: in the host memory of the first one, not on the GPU of every rank, where the gathered
 # buffer and NCCL's copy of it take 10 bytes for each parameter that the rank holds (35 GiB for 7B on four GPUs).
@@ -69,10 +69,10 @@ def save(
 ) -> Path:
     """Write `folder/step_N` and drop what `settings` do not keep. Collective over all ranks; returns its path.
 
-    origins: of the run; what continues it must have the same. Raises UsageError, and writes nothing, where the disk
+    origins: of the run, which what continues it is compared with. Raises UsageError, and writes nothing, where the disk
     has no room for what the last checkpoint took.
     """
-    target = folder / f"step_{progress.step:08d}"
+    target = checkpoint_of(folder, progress.step)
     leads = dist.get_rank() == 0
     from_rank_0(lambda: _check_room(folder))
     with complete_folder(target) if leads else contextlib.nullcontext(partial_folder(target)) as partial:
@@ -253,19 +253,11 @@ def _sharded_rng(state: dict) -> ShardedObject:
     return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),))
 
 
-def _crc32(file: Path) -> int:
-    value = 0
-    with file.open("rb") as stream:
-        while block := stream.read(_READ_BYTES):
-            value = zlib.crc32(block, value)
-    return value
-
-
 def _checksums(path: Path) -> dict[str, list[int]]:
     """{file: [bytes, CRC-32]}, each rank reading its share. Collective."""
     files = from_rank_0(lambda: [str(file.relative_to(path)) for file in sorted(path.rglob("*")) if file.is_file()])
     mine = files[dist.get_rank() :: dist.get_world_size()]
-    shares = all_gathered({name: [(path / name).stat().st_size, _crc32(path / name)] for name in mine})
+    shares = all_gathered({name: [(path / name).stat().st_size, crc32_of(path / name)] for name in mine})
     return {name: entry for share in shares for name, entry in share.items()}
 
 
@@ -274,6 +266,6 @@ def _damage(path: Path, manifest: dict) -> str | None:
     wrong = wrong_sizes(path, manifest)
     if not wrong:
         names = sorted(manifest["files"])[dist.get_rank() :: dist.get_world_size()]
-        wrong = [name for name in names if _crc32(path / name) != manifest["files"][name][1]]
+        wrong = [name for name in names if crc32_of(path / name) != manifest["files"][name][1]]
     wrong = sorted({name for share in all_gathered(wrong) for name in share})
     return f"{', '.join(wrong)} missing or damaged" if wrong else None

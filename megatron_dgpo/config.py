@@ -437,13 +437,18 @@ def is_file_of_settings(override: str) -> bool:
     return "=" not in override and override.endswith((".yaml", ".yml"))
 
 
-def config_text(config: Config) -> str:
-    """Every setting with its value, as a file that `load_config` reads wherever it is put: paths are absolute."""
+def plain_settings(config: Config) -> dict[str, dict[str, Any]]:
+    """{section: {name: value}} of every setting, as YAML and JSON have values: paths are text, and absolute."""
     settings: dict = {}
     for name, section in config:
         settings[name] = {key: str(v.absolute()) if isinstance(v, Path) else v for key, v in section}
         settings[name] = {key: list(v) if isinstance(v, tuple) else v for key, v in settings[name].items()}
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    return settings
+
+
+def config_text(config: Config) -> str:
+    """Every setting with its value, as a file that `load_config` reads wherever it is put."""
+    return yaml.safe_dump(plain_settings(config), sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.BaseLoader):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import platform
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from megatron_dgpo.model.compat import uses_transformer_engine
 _SLURM = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE", "SLURM_GPUS", "SLURM_GPUS_PER_NODE")
 _DRIVER = Path("/proc/driver/nvidia/version")
 _MODELS = Path("/proc/driver/nvidia/gpus")
+_CPU = Path("/proc/cpuinfo")
 _NEEDED_DRIVER = {11: 450, 12: 525, 13: 580}
 """By CUDA's major version: the first NVIDIA driver that runs it (CUDA's release notes, minor version compatibility)."""
 
@@ -95,6 +97,14 @@ def describe(ranks: int, servers: int, layer_spec: str) -> str:
         return f"{parts} on the CPU, {_count(len(os.sched_getaffinity(0)), 'core')}"
     layers = "Transformer Engine's layers" if uses_transformer_engine(layer_spec) else "portable layers"
     return f"{parts} on {torch.cuda.device_count()} × {_model()}, {layers}"
+
+
+def hardware() -> dict[str, str | int]:
+    """What a rank's machine computes with; for a process that uses its GPU already."""
+    if torch.cuda.is_available():
+        return {"device": torch.cuda.get_device_name(), "count": torch.cuda.device_count()}
+    found = re.search(r"^model name\s*:\s*(.+?)\s*$", _CPU.read_text(), re.MULTILINE)
+    return {"device": found[1] if found else platform.machine(), "count": len(os.sched_getaffinity(0))}
 
 
 def _count(number: int, noun: str) -> str:

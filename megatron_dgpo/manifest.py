@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt
 
-from megatron_dgpo.config import Config
+from megatron_dgpo.config import Config, plain_settings
 from megatron_dgpo.errors import UsageError, shown
 from megatron_dgpo.json_file import Content, checked, read_object
 from megatron_dgpo.weights.architectures import Architecture
@@ -23,9 +23,24 @@ MANIFEST = "manifest.json"
 _HEAD_BYTES = 64 * 1024
 _PIECES, _PIECE_BYTES = 1024, 4096
 _MOST_DIFFERENCES = 4  # that an error names: of another family nearly everything differs
+_READ_BYTES = 8 * 2**20
 
 Origins = dict[str, list[str]]
-"""{setting: [its path, fingerprint]} of the weights that a run began with and, where it has one, of its reference."""
+"""{setting: [its value]} of all that a run was started with. Of what must not change on its way a second text says what
+has to stay: the value again, or of weights and data their fingerprint, whatever the path."""
+
+# The prompts and their order, and so what a position of that order is: seeds and the journal go by it.
+_FIXED = ("run.seed", "data.prompt_field", "data.template", "data.chat", "data.shuffle")
+_FIXED_TOO = {
+    "train": ("rollout.prompts_per_step", "rollout.group_size"),
+    "sft": ("sft.response_field", "sft.batch_size"),
+}
+_FILES = {
+    "model.path": "weights than {}, the starting policy",
+    "model.reference": "weights than {}, the frozen reference",
+    "data.train": "rows than {}, the problems",
+    "sft.data": "rows than {}, the solutions",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +51,11 @@ class Progress:
     step: int = 0
     prompts: int = 0
     weight_version: int = 0
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """Where that of a step is kept."""
+    return folder / f"step_{step:08d}"
 
 
 def candidates(folder: Path) -> list[Path]:
@@ -81,7 +101,7 @@ class _Manifest(Content):
     """{name: [bytes, CRC-32]}"""
     layout: dict[str, int | bool] = {}
     """Fields of Layout."""
-    origins: dict[str, Annotated[list[str], Field(min_length=2, max_length=2)]] = {}
+    origins: dict[str, Annotated[list[str], Field(min_length=1, max_length=2)]] = {}
 
 
 def wrong_sizes(path: Path, manifest: dict) -> list[str]:
@@ -129,26 +149,55 @@ def fingerprint(folder: Path) -> str:
     return f"{value:08x}"
 
 
+def crc32_of(file: Path) -> int:
+    """Of all its bytes, in pieces that any memory holds."""
+    value = 0
+    with file.open("rb") as stream:
+        while block := stream.read(_READ_BYTES):
+            value = zlib.crc32(block, value)
+    return value
+
+
 def origins(config: Config, command: str) -> Origins:
-    """command: "train" or "sft", which has no reference."""
-    model = config.model
-    paths = {"model.path": model.path}
+    """command: "train" or "sft", which has no reference. Reads all of the training data."""
+    found = {"command": [command, command]}
+    for section, values in plain_settings(config).items():
+        for name, value in values.items():
+            setting, text = f"{section}.{name}", value if isinstance(value, str) else json.dumps(value)
+            found[setting] = [text, text] if setting in (*_FIXED, *_FIXED_TOO[command]) else [text]
+    model, data = config.model, config.sft.data if command == "sft" else config.data.train
+    weights = {"model.path": model.path}
     if command == "train" and config.needs_reference:
-        paths["model.reference"] = model.reference or model.path
-    found = {path: fingerprint(path) for path in set(paths.values())}
-    return {setting: [str(path), found[path]] for setting, path in paths.items()}
+        weights["model.reference"] = model.reference or model.path
+    fingerprints = {path: fingerprint(path) for path in set(weights.values())}
+    found |= {setting: [str(path.absolute()), fingerprints[path]] for setting, path in weights.items()}
+    if data:
+        found["sft.data" if command == "sft" else "data.train"].append(f"{crc32_of(data):08x}")
+    return found
 
 
 def check_origins(path: Path, manifest: dict, ours: Origins) -> None:
-    """Raise UsageError when the run of the checkpoint at `path` began with other weights, or has another reference."""
-    for setting, (began_with, expected) in manifest.get("origins", {}).items():
-        given, found = ours.get(setting, (None, expected))
-        if found != expected:
-            what = "frozen reference" if setting == "model.reference" else "starting policy"
-            raise UsageError(
-                f"{setting}={given} holds other weights than {began_with}, the {what} of the run that {path} belongs "
-                f"to. Choose another run.dir, or {setting}={began_with} as it was"
-            )
+    """Raise UsageError when the run of the checkpoint at `path` has other weights, data or order of prompts."""
+    for setting, (began_with, *expected) in manifest.get("origins", {}).items():
+        given, *found = ours.get(setting, [began_with])
+        if not (expected and found) or expected == found:
+            continue
+        given, began_with = shown(given, plain=True), shown(began_with, plain=True)
+        if setting in _FILES:
+            problem = f"{setting}={given} holds other {_FILES[setting].format(began_with)} of the run that {path}"
+        else:
+            problem = f"{setting}={given}, but {setting}={began_with} made the prompts and steps of the run that {path}"
+        raise UsageError(f"{problem} belongs to. Choose another run.dir, or {setting}={began_with} as it was")
+
+
+def changes(manifest: dict, ours: Origins) -> list[str]:
+    """`optimizer.lr 1e-06 → 2e-06` and the like: where a run is given other settings than when it was saved."""
+    theirs = {setting: text for setting, (text, *_) in manifest.get("origins", {}).items()}
+    return [
+        f"{setting} {shown(theirs[setting], plain=True)} → {shown(text, plain=True)}"
+        for setting, (text, *_) in ours.items()
+        if theirs.get(setting, text) != text
+    ]
 
 
 def check_steps(path: Path, manifest: dict, config: Config, command: str) -> None:

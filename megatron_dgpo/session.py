@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import socket
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -12,17 +13,26 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from megatron_dgpo import checkpoint
+from megatron_dgpo import checkpoint, machine
 from megatron_dgpo.balance import sequence_cost, share_out
 from megatron_dgpo.config import Config, config_text
 from megatron_dgpo.json_file import replace_text
-from megatron_dgpo.manifest import Origins, Progress, oldest_progress, origins
+from megatron_dgpo.manifest import (
+    Origins,
+    Progress,
+    changes,
+    checkpoint_of,
+    oldest_progress,
+    origins,
+    read_manifest,
+)
 from megatron_dgpo.metrics import MetricsLog
 from megatron_dgpo.micro_batch import MicroBatch, TrainingSequence
 from megatron_dgpo.model import device
-from megatron_dgpo.model.collectives import from_rank_0
+from megatron_dgpo.model.collectives import all_gathered, from_rank_0
 from megatron_dgpo.model.parallel import initialize_parallel
 from megatron_dgpo.model.policy import LossFunction, Policy, StepResult
+from megatron_dgpo.run_record import record_start
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.export import export_hf
 
@@ -86,10 +96,21 @@ class Session(contextlib.ExitStack):
     def _origins(self) -> Origins:
         return from_rank_0(lambda: origins(self.config, self._command))
 
-    def restore(self) -> Progress:
-        """The newest good checkpoint of this run, or its start."""
+    def begin(self, total: int) -> Progress:
+        """Go on from the newest good checkpoint of this run, or its start, to step `total`; the log begins there.
+
+        What ran is recorded, and the user is told of settings that are others than those of the checkpoint.
+        """
         found = checkpoint.load_newest(self._checkpoints, self.policy, self.architecture, self._origins)
-        return found or Progress()
+        progress = found or Progress()
+        hosts = dict(all_gathered((socket.gethostname(), machine.hardware())))
+        self.log.start(progress.step, total)
+        if dist.get_rank() == 0:
+            record_start(self.config.run.dir, self.policy.layout, hosts, progress.step)
+            manifest = found and read_manifest(checkpoint_of(self._checkpoints, found.step))
+            if changed := changes(manifest or {}, self._origins):
+                self.log.warn(f"resumed at step {progress.step} with other settings: {', '.join(changed)}")
+        return progress
 
     def save(self, progress: Progress) -> Progress:
         """Returns where the oldest checkpoint stands that the run may go on from."""

@@ -24,8 +24,7 @@ def sft(config: Config) -> bool:
         solutions = load_solutions(config, load_tokenizer(config.model.path))
         order = PromptOrder(len(solutions), config.run.seed, config.data.shuffle)
         loss = mean_negative_logprob(session.architecture.vocab_size)
-        progress = session.restore()
-        session.log.start(progress.step, config.sft.steps)
+        progress = session.begin(config.sft.steps)
         pace = Pace(config.checkpoint)
         stopped = pace.stopped()
         while progress.step < config.sft.steps and not stopped:

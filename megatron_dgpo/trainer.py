@@ -67,8 +67,7 @@ def train(config: Config) -> bool:
             context_group(),
             CreditRecord(tensor_place()[0] == context_place()[0] == 0) if config.rollout.record else None,
         )
-        progress = session.restore()
-        log.start(progress.step, config.run.steps)
+        progress = session.begin(config.run.steps)
         warnings = Warnings(log, config)
         rollouts.begin(log.warn)
         weight_sync.push(progress.weight_version)

@@ -355,6 +355,32 @@ def test_checkpoint_of_another_model(case, capsys):
     case.fails(capsys, ["step_00000003", "another model", "num_layers is 8 there and 4 in model.path"])
 
 
+def test_a_run_is_not_continued_with_other_prompts(case, capsys):
+    from dataclasses import asdict
+
+    from megatron_dgpo.config import Config
+    from megatron_dgpo.manifest import origins
+    from megatron_dgpo.weights.architectures import read_architecture
+
+    folder = case.folder / "run" / "checkpoints" / "step_00000003"
+    folder.mkdir(parents=True)
+    manifest = {
+        "progress": {"step": 3},
+        "architecture": asdict(read_architecture(case.model)),
+        "files": {},
+        "origins": origins(Config.model_validate(case.settings), "train"),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    case.fails(capsys, ["run.seed=7, but run.seed=1 made", "step_00000003", "another run.dir"], "run.seed=7")
+    case.fails(capsys, ["rollout.group_size=4", "or rollout.group_size=2 as it was"], "rollout.group_size=4")
+    sft = [f"sft.data={case.data}", "sft.response_field=answer"]
+    case.fails(capsys, ["command=sft, but command=train made"], *sft, command="sft")
+    # What may change comes as far as the next check.
+    case.fails(capsys, ["run.steps=2, but this run has done 3 steps"], "run.steps=2", "optimizer.lr=1")
+    case.data.write_text(case.data.read_text() + '{"question": "3+3", "answer": "6"}\n')
+    case.fails(capsys, [f"data.train={case.data} holds other rows than", "the problems of the run"])
+
+
 def test_eval_without_a_checkpoint(case, capsys):
     case.fails(capsys, ["no checkpoint", "--model"], command="eval")
 

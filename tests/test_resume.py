@@ -271,12 +271,21 @@ def test_a_run_continues_with_new_settings_and_not_with_other_weights(recorded, 
         f"model.path={other}": f"model.path={other} holds other weights than {recorded / 'model'}, the starting policy",
         f"model.reference={other}": f"model.reference={other} holds other weights",
         "run.steps=1": "run.steps=1, but this run has done 2 steps",
+        "run.seed=2": "run.seed=2, but run.seed=1 made the prompts and steps of the run",
     }.items():
         result = subprocess.run(command(config, changed), capture_output=True, text=True, timeout=120)
         assert result.returncode == 2 and sentence in result.stderr, result.stderr
     moved = tmp_path / "moved"
     shutil.copytree(recorded / "model", moved)
-    run(config, f"model.path={moved}", "run.steps=3", "optimizer.lr=0.5", "optimizer.schedule=constant")
+    said = run(config, f"model.path={moved}", "run.steps=3", "optimizer.lr=0.5", "optimizer.schedule=constant")
+    told = [line for line in said.splitlines() if "with other settings" in line]
+    paths = [f"{name} {recorded / 'model'} → {moved}" for name in ("model.path", "model.reference")]
+    assert len(told) == 1 and told[0].startswith("warning: resumed at step 2 with other settings: ")
+    assert set(told[0].split(": ", 2)[2].split(", ")) == {
+        "run.steps 2 → 3", "optimizer.lr 0.001 → 0.5", "optimizer.schedule cosine → constant", *paths
+    }  # fmt: skip
+    starts = [json.loads(line) for line in (tmp_path / "run" / "starts.jsonl").read_text().splitlines()]
+    assert [start["steps_done"] for start in starts] == [0, 2]
     rows = read_metrics(tmp_path / "run" / "metrics" / "train.jsonl")
     rates = [row["policy/lr"] for row in rows if row["step"]]
     assert rates[-1] == 0.5 > max(rates[:-1])

@@ -12,7 +12,7 @@ import torch
 
 from megatron_dgpo.config import Checkpoint
 from megatron_dgpo.errors import UsageError
-from megatron_dgpo.manifest import check_origins, fingerprint, origins, read_manifest
+from megatron_dgpo.manifest import changes, check_origins, fingerprint, origins, read_manifest
 from megatron_dgpo.rollout.response import Response
 from megatron_dgpo.weight_sync.canary import Canary
 from megatron_dgpo.weight_sync.shards import StaleWeightsError
@@ -190,17 +190,106 @@ def test_fingerprints_tell_weights_apart_and_not_places(model, tmp_path):
     assert fingerprint(model) == fingerprint(same) != fingerprint(other)
 
 
+@pytest.fixture
+def rows(tmp_path):
+    """A file of problems and solutions."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "1+1", "answer": "2", "response": "2"}\n' * 3)
+    return file
+
+
 @pytest.mark.parametrize("setting", ["path", "reference"])
-def test_another_start_or_reference_is_refused(model, tmp_path, setting):
+def test_another_start_or_reference_is_refused(model, tmp_path, rows, setting):
     other = make_tiny_model(tmp_path / "other", "qwen3", num_hidden_layers=2, seed=1)
-    manifest = {"origins": origins(make_config(model), "train")}
-    changed = origins(make_config(model, model={setting: other}), "train")
+    data = {"train": rows}
+    manifest = {"origins": origins(make_config(model, data=data), "train")}
+    changed = origins(make_config(model, model={setting: other}, data=data), "train")
     with pytest.raises(UsageError, match=f"model.{setting}={other} holds other weights than {model}"):
         check_origins(Path("step_1"), manifest, changed)
     moved = make_tiny_model(tmp_path / "moved", "qwen3", num_hidden_layers=2)
-    check_origins(Path("step_1"), manifest, origins(make_config(moved), "train"))
+    check_origins(Path("step_1"), manifest, origins(make_config(moved, data=data), "train"))
     # Neither GRPO nor fine-tuning has a reference.
     check_origins(Path("step_1"), manifest, {"model.path": manifest["origins"]["model.path"]})
+    uniform = make_config(model, model={setting: model}, data=data, algorithm={"credit": "uniform"})
+    check_origins(Path("step_1"), manifest, origins(uniform, "train"))
+    check_origins(Path("step_1"), {"origins": origins(uniform, "train")}, manifest["origins"])
+
+
+@pytest.mark.parametrize(
+    "command, setting, value, began_with",
+    [
+        ("train", "run.seed", 2, "1"),
+        ("sft", "run.seed", 2, "1"),
+        ("train", "data.prompt_field", "problem", "question"),
+        ("train", "data.template", "Q: {prompt}", "{prompt}"),
+        ("sft", "data.chat", True, "false"),
+        ("sft", "data.shuffle", False, "true"),
+        ("train", "rollout.prompts_per_step", 7, "32"),
+        ("train", "rollout.group_size", 7, "8"),
+        ("sft", "sft.response_field", "solution", "response"),
+        ("sft", "sft.batch_size", 7, "64"),
+    ],
+)
+def test_what_made_prompts_and_steps_is_refused(model, rows, command, setting, value, began_with):
+    files = {"data": {"train": rows}, "sft": {"data": rows}}
+    section, name = setting.split(".")
+    changed = files | {section: files.get(section, {}) | {name: value}}
+    manifest = {"origins": origins(make_config(model, **files), command)}
+    given = value if isinstance(value, str) else json.dumps(value)
+    with pytest.raises(UsageError) as error:
+        check_origins(Path("step_1"), manifest, origins(make_config(model, **changed), command))
+    assert str(error.value).startswith(f"{setting}={given}, but {setting}={began_with} made the prompts and steps of")
+    assert f"Choose another run.dir, or {setting}={began_with} as it was" in str(error.value)
+
+
+@pytest.mark.parametrize("command, setting", [("train", "data.train"), ("sft", "sft.data")])
+def test_other_rows_are_refused_and_the_same_in_another_place_are_not(model, tmp_path, rows, command, setting):
+    def with_rows(path):
+        return origins(make_config(model, data={"train": path}, sft={"data": path}), command)
+
+    manifest = {"origins": with_rows(rows)}
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(rows.read_bytes())
+    check_origins(Path("step_1"), manifest, with_rows(moved))
+    assert f"{setting} {rows} → {moved}" in changes(manifest, with_rows(moved))
+    # One figure of the last row.
+    moved.write_bytes(rows.read_bytes()[:-5] + b"3" + rows.read_bytes()[-4:])
+    with pytest.raises(UsageError, match=f"{setting}={moved} holds other rows than {rows}, the "):
+        check_origins(Path("step_1"), manifest, with_rows(moved))
+    rows.write_bytes(moved.read_bytes())
+    with pytest.raises(UsageError, match=f"{setting}={rows} holds other rows than .* or {setting}={rows} as it was"):
+        check_origins(Path("step_1"), manifest, with_rows(rows))
+
+
+def test_a_checkpoint_of_fine_tuning_is_not_trained_on(model, rows):
+    config = make_config(model, data={"train": rows}, sft={"data": rows})
+    with pytest.raises(UsageError, match="command=train, but command=sft made"):
+        check_origins(Path("step_1"), {"origins": origins(config, "sft")}, origins(config, "train"))
+
+
+def test_what_may_change_is_told_and_nothing_else(model, rows):
+    data = {"train": rows}
+    ours = origins(make_config(model, data=data), "train")
+    assert changes({"origins": ours}, ours) == []
+    new = {"run": {"steps": 200}, "optimizer": {"lr": 2e-6, "schedule": "cosine"}, "rollout": {"max_staleness": 2}}
+    new |= {"algorithm": {"credit": "uniform"}, "servers": {"addresses": ["http://a:1", "http://b:2"]}}
+    changed = origins(make_config(model, {"data": 2}, data=data, **new), "train")
+    check_origins(Path("step_1"), {"origins": ours}, changed)
+    assert changes({"origins": ours}, changed) == [
+        "run.steps 100 → 200",
+        f"model.reference {model} → null",
+        "parallel.data null → 2",
+        "optimizer.lr 1e-06 → 2e-06",
+        "optimizer.schedule constant → cosine",
+        "algorithm.credit distribution_guided → uniform",
+        "rollout.max_staleness 0 → 2",
+        'servers.addresses [] → ["http://a:1", "http://b:2"]',
+    ]
+    # Of before there were such entries, or with settings that are gone.
+    for origin in ({}, {"model.path": ours["model.path"]}, {"rollout.gone": ["1", "1"]}):
+        check_origins(Path("step_1"), {"origins": origin}, changed)
+        assert changes({"origins": origin}, changed) == []
+    assert changes({}, changed) == []
 
 
 @pytest.mark.parametrize(
