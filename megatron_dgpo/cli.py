@@ -157,7 +157,7 @@ def _run(options: argparse.Namespace, config: Config, arguments: list[str]) -> i
     world_size = launcher.trainer_size(config, node)
     if node.index == 0:
         _check(options, config, world_size, world_size // node.count)
-        _say_device(options, config, world_size // node.count, node.count)
+        _say_device(options, config, world_size // node.count, node.count, node.logs)
     return launcher.launch(arguments, config, node, world_size, needs_servers)
 
 
@@ -172,14 +172,17 @@ def _check(options: argparse.Namespace, config: Config, world_size: int, local_s
         raise UsageError(f"{error.filename or options.config}: {error.strerror or error}") from None
 
 
-def _say_device(options: argparse.Namespace, config: Config, local_size: int, nodes: int) -> None:
+def _say_device(
+    options: argparse.Namespace, config: Config, local_size: int, nodes: int, logs: Path | None = None
+) -> None:
     from megatron_dgpo import machine
     from megatron_dgpo.rollout import server
 
     servers = server.own_count(options.command, config)
     each = f"each of {nodes} nodes: " if nodes > 1 else ""
     line = machine.describe(local_size, servers, config.model.layer_spec)
-    print(f"megatron-dgpo {options.command}: {each}{line}", file=sys.stderr, flush=True)
+    where = f"; logs in {logs}" if logs else ""
+    print(f"megatron-dgpo {options.command}: {each}{line}{where}", file=sys.stderr, flush=True)
 
 
 def _run_rank(options: argparse.Namespace, config: Config) -> int:

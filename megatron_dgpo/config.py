@@ -81,6 +81,10 @@ class Run(Section):
     collective_timeout_s: Seconds = 600
     """Longest wait of a rank for the others, where none of them waits for a server: so long may one that is stopped or
     hangs go unnoticed."""
+    trace_steps: tuple[Count, ...] = ()
+    """Training steps of which PyTorch's profiler writes a trace, to run.dir/traces."""
+    trace_rank: int = Field(0, ge=0, lt=2**31)
+    """Whose."""
     check_finite: bool = False
     """Stop at the first NaN or infinity that reaches the loss, naming tensor and token; for debugging, slower."""
 

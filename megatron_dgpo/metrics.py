@@ -9,10 +9,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_dgpo.json_file import replace_text
-from megatron_dgpo.progress import Progress
+from megatron_dgpo.progress import Progress, clock
+from megatron_dgpo.trace import named_range
 
 
 class MetricsLog:
@@ -59,13 +61,23 @@ class MetricsLog:
         self._step_start = time.monotonic()
 
     @contextlib.contextmanager
+    def startup(self, what: str) -> Iterator[None]:
+        """What is done or waited for inside belongs to no step; it is told when it begins."""
+        if self._visible:
+            seconds = time.time() - psutil.Process().create_time()
+            print(f"{self._name}: {what} ({clock(seconds)} since the start)", flush=True)
+        yield
+        self._step_start = time.monotonic()
+
+    @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Seconds spent inside are added to this step's `time/{name}_s`."""
         start = time.monotonic()
         if self._progress:
             self._progress.phase = name
         try:
-            yield
+            with named_range(name):
+                yield
         finally:
             self._phases[name] = self._phases.get(name, 0.0) + time.monotonic() - start
             if self._progress:

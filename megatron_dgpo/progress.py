@@ -74,7 +74,7 @@ class Progress:
             return "done"
         if not self._durations:
             return "time left unknown"
-        return f"{_clock((self._total - self._done) * sum(self._durations) / len(self._durations))} left"
+        return f"{clock((self._total - self._done) * sum(self._durations) / len(self._durations))} left"
 
     def _view(self) -> Group:
         present = [entry for entry in _SHOWN if any(entry[0] in row for row in self._rows)]
@@ -84,7 +84,7 @@ class Progress:
             table.add_row(str(row["step"]), *cells)
         phases = Text("of which " + ", ".join(_phases(self._rows[-1])), "dim") if self._rows else Text()
         bar = Table.grid(padding=(0, 2))
-        elapsed = _clock(time.monotonic() - self._start)
+        elapsed = clock(time.monotonic() - self._start)
         bar.add_row(
             f"{self._name} {self._done}/{self._total}",
             ProgressBar(self._total, self._done, width=30),
@@ -100,7 +100,8 @@ def _phases(row: dict) -> list[str]:
     return [f"{name[5:-2]} {row[name]:.1f}" for name in seconds]
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are any."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -80,10 +80,11 @@ class Session(contextlib.ExitStack):
         super().__init__()
         self.config, self._command = config, command
         self.architecture = read_architecture(config.model.path)
-        initialize_parallel(config.parallel, config.run.seed, time_limits(config))
-        self.policy = Policy(config, self.architecture, optimizer_steps)
-        self.policy.load(config.model.path)
         self.log = self.enter_context(MetricsLog(config.run.dir, command, visible=dist.get_rank() == 0))
+        with self.log.startup(f"loading the policy from {config.model.path}"):
+            initialize_parallel(config.parallel, config.run.seed, time_limits(config))
+            self.policy = Policy(config, self.architecture, optimizer_steps)
+            self.policy.load(config.model.path)
         if command != "eval" and dist.get_rank() == 0:
             config.run.dir.mkdir(parents=True, exist_ok=True)
             replace_text(config.run.dir / "config.yaml", config_text(config))
@@ -101,7 +102,8 @@ class Session(contextlib.ExitStack):
 
         What ran is recorded, and the user is told of settings that are others than those of the checkpoint.
         """
-        found = checkpoint.load_newest(self._checkpoints, self.policy, self.architecture, self._origins)
+        with self.log.startup("looking for a checkpoint"):
+            found = checkpoint.load_newest(self._checkpoints, self.policy, self.architecture, self._origins)
         progress = found or Progress()
         hosts = dict(all_gathered((socket.gethostname(), machine.hardware())))
         self.log.start(progress.step, total)

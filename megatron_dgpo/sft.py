@@ -13,6 +13,7 @@ from megatron_dgpo.model.policy import LossFunction
 from megatron_dgpo.pace import Pace
 from megatron_dgpo.session import Session, world
 from megatron_dgpo.statistics import token_statistics
+from megatron_dgpo.trace import traced
 
 
 def sft(config: Config) -> bool:
@@ -28,7 +29,7 @@ def sft(config: Config) -> bool:
         pace = Pace(config.checkpoint)
         stopped = pace.stopped()
         while progress.step < config.sft.steps and not stopped:
-            with session.log.phase("policy"):
+            with traced(config.run, progress.step + 1), session.log.phase("policy"):
                 rows = order.take(progress.prompts, config.sft.batch_size)
                 mine = session.shares([solutions[row] for row in rows])[replica()[0]]
                 result = session.step(pack_micro_batches(mine, config.parallel), loss)

@@ -37,6 +37,7 @@ from megatron_dgpo.rollout.response import Response
 from megatron_dgpo.rollout.source import RolloutSource
 from megatron_dgpo.session import Session, world
 from megatron_dgpo.step_metrics import Warnings, step_metrics
+from megatron_dgpo.trace import traced
 from megatron_dgpo.weight_sync.sync import ServerSleep, WeightSync
 
 
@@ -58,7 +59,10 @@ def train(config: Config) -> bool:
         log = session.log
         weight_sync = stack.enter_context(WeightSync(config, engines, sleep, session.policy, problems))
         rollouts = stack.enter_context(RolloutSource(config, ends, tokenizer, weight_sync, problems))
-        reference = Reference(config, session.architecture) if config.needs_reference else None
+        reference = None
+        if config.needs_reference:
+            with log.startup("loading the reference"):
+                reference = Reference(config, session.architecture)
         objective = Objective(
             config,
             session.architecture.vocab_size,
@@ -70,20 +74,24 @@ def train(config: Config) -> bool:
         progress = session.begin(config.run.steps)
         warnings = Warnings(log, config)
         rollouts.begin(log.warn)
-        weight_sync.push(progress.weight_version)
+        with log.startup("waiting for the servers, which get the policy's weights"):
+            weight_sync.push(progress.weight_version)
         if progress.step == 0:
-            log.write(0, evaluate(config, rollouts, held_out, progress))
+            with log.phase("eval"):
+                metrics = evaluate(config, rollouts, held_out, progress)
+            log.write(0, metrics)
         pace = Pace(config.checkpoint)
         stopped = pace.stopped()
         while progress.step < config.run.steps and not stopped:
             step, last = progress.step + 1, progress.step + 1 == config.run.steps
-            with log.phase("rollout"):
-                taken = rollouts.take(progress)
-                sleep.begin()
-            metrics = update(session, objective, reference, taken.groups, step) | rollouts.metrics()
+            with traced(config.run, step):
+                with log.phase("rollout"):
+                    taken = rollouts.take(progress)
+                    sleep.begin()
+                metrics = update(session, objective, reference, taken.groups, step) | rollouts.metrics()
+                with log.phase("weights"):
+                    metrics |= weight_sync.push(step)
             warnings.look(metrics)
-            with log.phase("weights"):
-                metrics |= weight_sync.push(step)
             progress = Progress(step, taken.next_position, step)
             rollouts.proceed(progress)
             if last or (config.eval.every and step % config.eval.every == 0):

@@ -49,6 +49,18 @@ def _run(run_dir, steps, done=0, value=0.0):
             log.write(step, {"rollout/reward": value + step, "policy/entropy": 0.5})
 
 
+def test_what_is_waited_for_before_the_first_step_is_told_and_is_no_part_of_it(tmp_path, capsys):
+    with MetricsLog(tmp_path, "train", visible=True) as log:
+        log.start(0, 1)
+        with log.startup("waiting for the servers"):
+            told = capsys.readouterr().out
+            time.sleep(0.5)
+        log.write(1, {"policy/loss": 0.5})
+    assert re.fullmatch(r"train: waiting for the servers \(\d+:\d\d since the start\)\n", told)
+    [row] = read_metrics(tmp_path / "metrics" / "train.jsonl")
+    assert row.keys() == {"step", "policy/loss", "time/step_s"} and row["time/step_s"] < 0.5
+
+
 def test_both_files_hold_the_same_metrics(tmp_path, capsys):
     with MetricsLog(tmp_path, "train", visible=True) as log:
         log.start(0, 2)
