@@ -7,6 +7,7 @@ import statistics
 from types import SimpleNamespace
 
 import pytest
+from scipy import stats
 
 from megatron_dgpo import evaluation
 from megatron_dgpo.evaluation import evaluate, load_sets, report
@@ -99,20 +100,21 @@ def test_sets_are_called_as_their_files_are(tmp_path, monkeypatch):
 # Intervals
 
 
-def test_interval_of_single_answers_is_wilsons():
-    """40 % of 10, as statsmodels.stats.proportion.proportion_confint(4, 10, method="wilson") has it: 0.1682, 0.6873.
-
-    Ten problems of one response each are worth nine: the variance is one of a sample."""
-    low, high = accuracy_interval(1, [1, 0] * 4 + [0, 0])
-    assert (low, high) == pytest.approx((0.16818, 0.68733), abs=0.02) and high - low > 0.68733 - 0.16818
+def wilson(correct, problems):
+    return stats.binomtest(correct, problems).proportion_ci(method="wilson")
 
 
-@pytest.mark.parametrize(
-    "correct, expected", [([8] * 30, (0.8865, 1.0)), ([0] * 30, (0.0, 0.1135)), ([8], (0.2065, 1.0))]
-)
-def test_problems_that_are_all_alike_have_an_interval(correct, expected):
-    """z² / (n + z²) is what all of n leave open."""
-    assert accuracy_interval(8, correct) == pytest.approx(expected, abs=1e-4)
+@pytest.mark.parametrize("correct, problems", [(30, 30), (0, 30), (1, 1), (0, 1)])
+def test_problems_that_are_all_alike_are_an_answer_each(correct, problems):
+    """However many responses each has: what other problems would be like, these do not say."""
+    for samples in (1, 8):
+        counts = [samples * (correct > 0)] * problems
+        assert accuracy_interval(samples, counts) == pytest.approx(tuple(wilson(correct, problems)))
+
+
+def test_interval_of_single_answers():
+    """Wilson's but for the variance, which is a sample's: 500 are worth 499."""
+    assert accuracy_interval(1, [1, 0] * 200 + [0] * 100) == pytest.approx(tuple(wilson(200, 500)), abs=1e-4)
 
 
 def test_problems_that_differ_by_chance_alone_are_worth_their_responses():

@@ -141,9 +141,8 @@ def test_eval_of_checkpoint_and_directory(folder):
     overrides += [f"data.eval=[{folder / 'problems.jsonl'}, {few}]"]
     shares = r"avg@4=(\d\.\d+){} pass@2=(\d\.\d+) pass@4=(\d\.\d+)\n"
     of_set = shares.format(r" \[(\d\.\d+), (\d\.\d+)\]")
-    pattern = (
-        rf"eval/problems: problems=8 {of_set}eval/few: problems=3 {of_set}eval: mean over 2 sets {shares.format('')}"
-    )
+    of_mean = shares.format("")
+    pattern = rf"eval/problems: problems=8 {of_set}eval/few: problems=3 {of_set}eval: mean over 2 sets {of_mean}"
     found = []
     with served(config, folder / "mistral" / "eval", folder) as environment:
         for options in ((), ("--model", str(model)), ("--model", str(folder / "megatron"))):
