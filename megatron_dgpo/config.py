@@ -59,8 +59,22 @@ def _check_path(path: Path) -> Path:
     return path
 
 
+def _listed(paths: Any) -> Any:
+    """One path is a list of one, null of none."""
+    return [] if paths is None else paths if isinstance(paths, list | tuple) else [paths]
+
+
+def _check_stems(paths: tuple[Path, ...]) -> tuple[Path, ...]:
+    stems = [path.stem for path in paths]
+    doubled = next((stem for stem in stems if stems.count(stem) > 1), None)
+    if doubled is not None:
+        raise ValueError(f"two sets have the name {shown(doubled)}, their file's: give one of the files another")
+    return paths
+
+
 Text = Annotated[str, AfterValidator(_check_text)]
 FilePath = Annotated[Path, BeforeValidator(_expand), AfterValidator(_check_path)]
+FilePaths = Annotated[tuple[FilePath, ...], BeforeValidator(_listed), AfterValidator(_check_stems)]
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 Bytes = Annotated[int, Field(gt=0, lt=2**63)]
 Seconds = Annotated[float, Field(gt=0, le=2_000_000)]
@@ -328,8 +342,9 @@ class WeightUpdates(Section):
 class Data(Section):
     train: FilePath
     """JSONL or Parquet file of problems."""
-    eval: FilePath | None = None
-    """The same, of problems held out for evaluations; null: none are made."""
+    eval: FilePaths = ()
+    """The same, of problems held out for evaluations: a path, or several as [a.jsonl, b.jsonl], each a set with its
+    file's name; null: none are made."""
     prompt_field: Text = "question"
     """Field of a row that holds the problem."""
     answer_field: Text = "answer"
@@ -374,8 +389,11 @@ class Eval(Section):
     """Responses per problem (k of avg@k and pass@k)."""
     temperature: float = Field(0.0, ge=0)
     """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Tokens are drawn from the likeliest that together have this probability. Of evaluations alone: training needs
+    the whole distribution."""
     problems: Count | None = None
-    """The first so many of data.eval; null: all."""
+    """The first so many of each set of data.eval; null: all."""
 
 
 class Sft(Section):
@@ -418,9 +436,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file and apply overrides, later ones over earlier ones; relative paths in a file are relative to it.
 
     An override is `section.name=value`, or another file of some of the settings (`is_file_of_settings`). Texts, paths
-    and choices in overrides are taken as they are: no quotes, no escapes; `null` is an optional path's absence. Other
-    values are YAML. In either, scalars are text until their setting says what they are. Raises UsageError naming the
-    file or setting, the value found and, for an unknown name, the nearest one.
+    and choices in overrides are taken as they are: no quotes, no escapes; `null` is an optional path's absence, and
+    several paths are a list in brackets. Other values are YAML. In either, scalars are text until their setting says
+    what they are. Raises UsageError naming the file or setting, the value found and, for an unknown name, the nearest
+    one.
     """
     path = Path(path)
     settings: dict = {name: {} for name in Config.model_fields}
@@ -445,14 +464,17 @@ def plain_settings(config: Config) -> dict[str, dict[str, Any]]:
     """{section: {name: value}} of every setting, as YAML and JSON have values: paths are text, and absolute."""
     settings: dict = {}
     for name, section in config:
-        settings[name] = {key: str(v.absolute()) if isinstance(v, Path) else v for key, v in section}
-        settings[name] = {key: list(v) if isinstance(v, tuple) else v for key, v in settings[name].items()}
+        settings[name] = {key: [*map(_plain, v)] if isinstance(v, tuple) else _plain(v) for key, v in section}
     return settings
 
 
 def config_text(config: Config) -> str:
     """Every setting with its value, as a file that `load_config` reads wherever it is put."""
     return yaml.safe_dump(plain_settings(config), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    return str(value.absolute()) if isinstance(value, Path) else value
 
 
 class _Loader(yaml.BaseLoader):
@@ -531,17 +553,22 @@ def _anchor_paths(settings: dict, section: type[Section], folder: Path) -> None:
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             if isinstance(value, dict):
                 _anchor_paths(value, field.annotation, folder)
-        elif isinstance(value, str) and value and value[0] != "~" and Path in _kinds(section)[name]:  # type: ignore[arg-type]
-            settings[name] = str(folder / value)
+        elif value and Path in _kinds(section)[name]:  # type: ignore[arg-type]
+            several = isinstance(value, list)
+            settings[name] = [_anchored(path, folder) for path in value] if several else _anchored(value, folder)
+
+
+def _anchored(path: Any, folder: Path) -> Any:
+    return str(folder / path) if isinstance(path, str) and path and path[0] != "~" else path
 
 
 @functools.cache
 def _kinds(section: type) -> dict[str, set[type]]:
-    """The types that each setting may be of, NoneType among them; str for a choice."""
+    """The types that each setting may be of, NoneType among them; str for a choice, and tuple for several of them."""
     found = {}
     for name, hint in get_type_hints(section).items():
-        alone = get_origin(hint) is tuple or not get_args(hint)
-        found[name] = {hint} if alone else {str if isinstance(kind, str) else kind for kind in get_args(hint)}
+        kinds = (tuple, get_args(hint)[0]) if get_origin(hint) is tuple else get_args(hint) or (hint,)
+        found[name] = {str if isinstance(kind, str) else kind for kind in kinds}
     return found
 
 
@@ -555,7 +582,9 @@ def _apply_override(settings: dict, override: str) -> None:
         raise UsageError(f"override {shown(override)}: {shown(keys[0])} is not a section of settings")
     field = Config.model_fields.get(keys[0])
     kinds = _kinds(field.annotation).get(keys[1], set()) if field else set()
-    if kinds & {str, Path} and not (type(None) in kinds and text == "null"):
+    is_null = text == "null" and bool(kinds & {tuple, type(None)})
+    is_list = text.startswith("[") and tuple in kinds
+    if kinds & {str, Path} and not (is_null or is_list):
         section[keys[1]] = text
         return
     try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -143,3 +144,22 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     `correct` of them are: the unbiased estimate of pass@k (arXiv 2107.03374, eq. 1).
     """
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def accuracy_interval(samples: int, correct: Sequence[int]) -> tuple[float, float]:
+    """95 % interval of avg@k for other problems of the kind; correct: how many of each problem's `samples` are.
+
+    Wilson's (1927) for as many independent answers as the problems are worth: p(1 - p) over the variance of the mean of
+    the problems' shares, since responses to one problem are not independent, and, unlike Student's t or a bootstrap
+    over problems, it stays within [0, 1] and has a width where all problems are alike. That number is the problems'
+    where they are all alike, and at most the responses'.
+    """
+    shares, problems = [count / samples for count in correct], len(correct)
+    mean = statistics.fmean(shares)
+    variance = statistics.variance(shares) / problems if problems > 1 else 0.0
+    worth = min(mean * (1 - mean) / variance, problems * samples) if variance else problems
+    z = statistics.NormalDist().inv_cdf(0.975)
+    centre = mean + z**2 / (2 * worth)
+    half = z * math.sqrt(mean * (1 - mean) / worth + (z / (2 * worth)) ** 2)
+    scale = 1 + z**2 / worth
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)

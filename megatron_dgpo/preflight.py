@@ -51,7 +51,7 @@ def check(
         _check_rewards(config, command, tokenizer)
     if command == "train":
         _check_warmup(config)
-    if command == "eval" and config.data.eval is None:
+    if command == "eval" and not config.data.eval:
         raise UsageError("data.eval is missing: give the file of problems to evaluate on")
     _check_checkpoints(config.checkpoint)
     _check_run_dir(config.run.dir)
@@ -119,6 +119,11 @@ def _check_evaluation(config: Config) -> None:
         raise UsageError(
             f"eval.samples={config.eval.samples} with eval.temperature=0: greedy responses are all the same; set "
             f"eval.samples=1, or a temperature such as {config.rollout.temperature:g}"
+        )
+    if config.data.eval and config.eval.top_p < 1 and config.eval.temperature == 0:
+        raise UsageError(
+            f"eval.top_p={config.eval.top_p:g} with eval.temperature=0: greedy takes the likeliest token; set "
+            f"eval.top_p=1, or a temperature such as {config.rollout.temperature:g}"
         )
 
 
@@ -229,7 +234,7 @@ def _check_rewards(config: Config, command: str, tokenizer) -> None:
     if config.reward.workers > most:
         raise UsageError(f"reward.workers={config.reward.workers}: at most {most} on the CPU cores of this machine")
     files = [("data.train", config.data.train)] if command == "train" else []
-    files += [("data.eval", config.data.eval)] if config.data.eval else []
+    files += [("data.eval", path) for path in config.data.eval]
     with GraderPool(config.reward) as graders:
         for setting, path in files:
             prompts = load_prompts(config, path, setting, tokenizer)

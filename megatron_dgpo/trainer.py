@@ -17,7 +17,7 @@ from megatron_dgpo.algorithm.resolve import resolved_algorithm
 from megatron_dgpo.algorithm.shaping import shape_rewards
 from megatron_dgpo.config import Config
 from megatron_dgpo.data import end_tokens, load_prompts, load_tokenizer
-from megatron_dgpo.evaluation import evaluate
+from megatron_dgpo.evaluation import evaluate, load_sets
 from megatron_dgpo.manifest import Progress
 from megatron_dgpo.micro_batch import MicroBatch, TrainingSequence
 from megatron_dgpo.model.collectives import all_gathered, from_leader
@@ -50,7 +50,7 @@ def train(config: Config) -> bool:
         stack.enter_context(world(config))
         tokenizer = load_tokenizer(config.model.path)
         problems = load_prompts(config, config.data.train, "data.train", tokenizer)
-        held_out = load_prompts(config, config.data.eval, "data.eval", tokenizer) if config.data.eval else []
+        held_out = load_sets(config, tokenizer)
         ends = end_tokens(config.model.path, tokenizer)
         engines = Engines.of_run(config, ends)
         sleep = ServerSleep(config, engines)

@@ -285,6 +285,8 @@ def test_staleness_that_cannot_be(case, capsys, overrides, expected):
 def test_responses_of_an_evaluation_that_are_all_the_same(case, capsys):
     expected = ["eval.samples=8 with eval.temperature=0", "set eval.samples=1, or a temperature such as 1"]
     case.fails(capsys, expected, "eval.samples=8")
+    expected = ["eval.top_p=0.95 with eval.temperature=0", "set eval.top_p=1, or a temperature such as 1"]
+    case.fails(capsys, expected, "eval.top_p=0.95")
 
 
 def test_more_processes_than_a_cpu_can_run(case, capsys):

@@ -272,7 +272,12 @@ def test_credit_along_training(runs, drawn):
 
 @pytest.mark.parametrize(
     "metric, per_problem",
-    [(METRIC, [1.0, 0.5, 0.0, 0.5]), ("eval/reward", [1.0, 0.75, 0.5, 0.75]), ("eval/response_length", [2, 3, 4, 3])],
+    [
+        (METRIC, [1.0, 0.5, 0.0, 0.5]),
+        ("eval/aime24/accuracy", [1.0, 0.5, 0.0, 0.5]),
+        ("eval/reward", [1.0, 0.75, 0.5, 0.75]),
+        ("eval/response_length", [2, 3, 4, 3]),
+    ],
 )
 def test_each_run_has_its_interval_over_problems(runs, report, metric, per_problem):
     """Four problems of two responses each; half a reward is no correct answer."""
@@ -282,8 +287,9 @@ def test_each_run_has_its_interval_over_problems(runs, report, metric, per_probl
     for name, tau in (("a", 0.5), ("b", 0.1)):
         folder = write_run(runs / f"{name}_1", 1, {}, changes={20: {metric: mean}}, algorithm={"tau": tau})
         rows = [{"prompt": i} | response for i, group in enumerate(groups) for response in group]
-        (folder / "eval").mkdir()
-        (folder / "eval" / "step_00000020.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        responses = folder / metric.rpartition("/")[0] / "step_00000020.jsonl"
+        responses.parent.mkdir(parents=True)
+        responses.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = report("a", "b", options=["--metric", metric])
     own = found["arms"][0]["runs"][0]["over_problems"]
     half = stats.t.ppf(0.975, 3) * statistics.stdev(per_problem) / math.sqrt(4)
@@ -314,6 +320,7 @@ def test_every_setting_has_a_stage():
         ({"optimizer": {"lr": 1e-5}, "batch": {"minibatches": 2}}, None),
         ({"optimizer": {"lr": 1e-5}, "rollout": {"group_size": 4}}, ("2 stages", "sampling (rollout.group_size)")),
         ({"data": {"train": "/other.jsonl"}}, ("data (data.train)", "same problems")),
+        ({"data": {"eval": ["/a.jsonl", "/b.jsonl"]}}, ("data (data.eval)", "same problems")),
         ({"model": {"reference": "/other"}}, ("model (model.reference)", "start")),
         ({"eval": {"samples": 4}}, ("evaluation (eval.samples)", "measured")),
         ({"parallel": {"tensor": 2}}, ("execution (parallel.tensor)", "hours")),
@@ -333,14 +340,16 @@ def test_arms_that_differ_in_more_than_one_stage(runs, report, settings, expecte
 def test_values_of_the_settings_by_arm(runs, report):
     write_arm(runs, "a", LOW, rollout={"dynamic_sampling": True})
     write_arm(runs, "b", HIGH, seeds=(1, 2))
-    write_run(runs / "b_3", 3, {0: 0.27, 20: 0.55}, algorithm={"dual_clip": 3.0})
+    several = {"eval": ["/a.jsonl", "/b.jsonl"]}
+    write_run(runs / "b_3", 3, {0: 0.27, 20: 0.55}, algorithm={"dual_clip": 3.0}, data=several)
     found = report("a", "b")
     values = {setting["name"]: setting["values"] for setting in found["settings"]}
     assert values == {
+        "data.eval": {"a": ["[]"], "b": ["[]", "[/a.jsonl, /b.jsonl]"]},
         "rollout.dynamic_sampling": {"a": ["true"], "b": ["false"]},
         "algorithm.dual_clip": {"a": ["null"], "b": ["null", "3.0"]},
     }
-    assert warned(found, "b: its runs differ among themselves in algorithm.dual_clip")
+    assert warned(found, "b: its runs differ among themselves in algorithm.dual_clip, data.eval")
 
 
 # The page

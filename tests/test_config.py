@@ -1,5 +1,6 @@
 """Settings from files and overrides: what is text stays as it is written, and what is wrong is one line."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,27 @@ def test_a_path_or_text_in_a_file_needs_no_quotes(load, tmp_path, name):
     assert config.run.dir == tmp_path / name and config.reward.grader == name
 
 
+@pytest.mark.parametrize("name", ["2024-01-01", "42", "x #y", "1:30", "a, b", "'q'", "{a: b}"])
+def test_one_set_of_problems_is_a_path_like_any_other(load, tmp_path, name):
+    assert load(f"data.eval={name}").data.eval == (Path(name),)
+    assert load(text=f"model: {{path: model}}\ndata: {{train: x, eval: {json.dumps(name)}}}").data.eval == (
+        tmp_path / name,
+    )
+
+
+def test_several_sets_of_problems(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    text = "model: {path: model}\ndata:\n  train: x\n  eval: [a/aime24.jsonl, /b/2025.parquet, ~/c.jsonl]\n"
+    expected = (tmp_path / "a" / "aime24.jsonl", Path("/b/2025.parquet"), Path("/home/me/c.jsonl"))
+    assert load(text=text).data.eval == expected
+    # As they are, beside the folder of the command.
+    assert load("data.eval=[x.jsonl, 010]", text=text).data.eval == (Path("x.jsonl"), Path("010"))
+    for nothing in ("null", "[]"):
+        assert load(f"data.eval={nothing}", text=text).data.eval == ()
+        assert load(text=f"model: {{path: model}}\ndata: {{train: x, eval: {nothing}}}").data.eval == ()
+    assert load().data.eval == ()
+
+
 def test_home_folders(load, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/me")
     assert load("run.dir=~/x").run.dir == Path("/home/me/x")
@@ -108,12 +130,14 @@ def test_what_is_written_is_what_a_run_has(load, tmp_path, monkeypatch):
         "data.prompt_field=1:30",
         "reward.overlong=filter",
         "data.chat=true",
+        "data.eval=[one.jsonl, ~/two.jsonl]",
     )
     written = tmp_path / "elsewhere" / "config.yaml"
     written.parent.mkdir()
     written.write_text(config_text(config))
-    absolute = {"dir": tmp_path / "here"}
-    expected = config.model_copy(update={"run": config.run.model_copy(update=absolute)})
+    run = config.run.model_copy(update={"dir": tmp_path / "here"})
+    data = config.data.model_copy(update={"eval": (tmp_path / "one.jsonl", Path("~/two.jsonl").expanduser())})
+    expected = config.model_copy(update={"run": run, "data": data})
     assert load_config(written) == expected
 
 
@@ -170,10 +194,16 @@ def test_no_setting_is_infinite(load, name):
         ("optimizer.lr=[", "optimizer.lr='[': not valid YAML: expected the node content"),
         ("x" * 5000, "expected section.name=value"),
         ("x" * 5000 + ".y=1", "unknown setting 'xxxx"),
+        ("data.eval=", "data.eval.0='': expected a path"),
+        ("data.eval=[", "data.eval='[': not valid YAML"),
+        ("data.eval=[a, [b]]", "data.eval.1=['b']: input is not a valid path"),
+        ("data.eval=[a/test.jsonl, b/test.parquet]", "two sets have the name 'test', their file's: give one of the"),
+        ("eval.top_p=0", "eval.top_p='0': input should be greater than 0"),
+        ("eval.top_p=1.1", "less than or equal to 1"),
         ("run=5", "expected section.name=value"),
         ("data.template.x=5", "expected section.name=value"),
     ],
-    ids=range(17),
+    ids=range(23),
 )
 def test_an_override_that_cannot_be_meant(load, override, expected):
     message = refusal(load, override)
@@ -205,6 +235,7 @@ def _bomb(doubled: str) -> str:
         ("? [a]\n: 1", "found unhashable key"),
         ("model: &a {path: *a}", "recursive"),
         ("run: 5", "run='5': expected a section of settings"),
+        ("data: {eval: {a: b}}", "data.eval.0={'a': 'b'}: input is not a valid path"),
         ("run: {dir: {x: 1}}", "run.dir={'x': '1'}: "),
         ("", "setting 'model.path' is missing: give it in the file or as model.path=VALUE"),
         ("data:\n", "setting 'data.train' is missing"),
@@ -213,7 +244,7 @@ def _bomb(doubled: str) -> str:
         (_bomb("[*{0}, *{0}]"), "and 21 more"),
         (_bomb("{{<<: [*{0}, *{0}, *{0}]}}"), "and 21 more"),
     ],
-    ids=range(21),
+    ids=range(22),
 )  # fmt: skip
 def test_a_file_that_is_no_file_of_settings(load, text, expected):
     assert expected in refusal(load, text=text)

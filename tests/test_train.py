@@ -135,16 +135,28 @@ def test_eval_of_checkpoint_and_directory(folder):
     """After test_three_steps: the newest checkpoint and the exported model, of either format, are the same policy."""
     config, model = folder / "mistral" / "config.yaml", folder / "mistral" / "run" / "hf"
     convert(Job(model, folder / "megatron", "megatron"))
-    overrides = ["eval.samples=4", "eval.temperature=0.8", "eval.problems=8"]
-    pattern = r"eval: problems=8 avg@4=(\d\.\d+) pass@2=(\d\.\d+) pass@4=(\d\.\d+)"
+    few = folder / "few.jsonl"
+    few.write_text("".join((folder / "problems.jsonl").read_text().splitlines(keepends=True)[:3]))
+    overrides = ["eval.samples=4", "eval.temperature=0.8", "eval.top_p=0.95", "eval.problems=8"]
+    overrides += [f"data.eval=[{folder / 'problems.jsonl'}, {few}]"]
+    shares = r"avg@4=(\d\.\d+){} pass@2=(\d\.\d+) pass@4=(\d\.\d+)\n"
+    of_set = shares.format(r" \[(\d\.\d+), (\d\.\d+)\]")
+    of_mean = shares.format("")
+    pattern = rf"eval/problems: problems=8 {of_set}eval/few: problems=3 {of_set}eval: mean over 2 sets {of_mean}"
     found = []
     with served(config, folder / "mistral" / "eval", folder) as environment:
         for options in ((), ("--model", str(model)), ("--model", str(folder / "megatron"))):
             log = run_on_ranks("eval", config, *overrides, options=options, environment=environment)
             found.append(re.search(pattern, log.read_text()))
     assert all(found) and len({line[0] for line in found}) == 1
-    average, two, four = (float(value) for value in found[0].groups())
-    assert average <= two <= four
+    values = [float(value) for value in found[0].groups()]
+    for average, low, high, two, four in (values[:5], values[5:10]):
+        assert low <= average <= high and average <= two <= four
+    for mean, *both in zip(values[10:], (values[0], *values[3:5]), (values[5], *values[8:10]), strict=True):
+        assert mean == pytest.approx(sum(both) / 2, abs=1e-4)
+    for name, count in (("problems", 8), ("few", 3)):
+        rows = (folder / "mistral" / "run" / "eval" / name / f"step_{0:08d}.jsonl").read_text().splitlines()
+        assert [json.loads(row)["prompt"] for row in rows] == [index for index in range(count) for _ in range(4)]
 
 
 def start_training(folder, name, *overrides):

@@ -32,6 +32,7 @@ class Group(NamedTuple):
     temperature: float
     priority: int = 0
     """Lower ones are sent first."""
+    top_p: float = 1.0
 
 
 class Wait(Enum):
@@ -212,7 +213,9 @@ class Producer:
             async with asyncio.TaskGroup() as together:
                 asked = [
                     together.create_task(
-                        self._sampler.sample(group.prompt, group.seed + i, group.temperature, group.priority)
+                        self._sampler.sample(
+                            group.prompt, group.seed + i, group.temperature, group.priority, group.top_p
+                        )
                     )
                     for i in range(group.size)
                 ]

@@ -104,7 +104,9 @@ class Sampler:
             self._under_way.setdefault(address, set())
         self._hand_out()
 
-    async def sample(self, prompt: Prompt, seed: int, temperature: float, priority: int = 0) -> Response:
+    async def sample(
+        self, prompt: Prompt, seed: int, temperature: float, priority: int = 0, top_p: float = 1.0
+    ) -> Response:
         """temperature 0 is greedy; seed: below 2**31. priority: lower ones are sent first.
 
         The same seed, weights and batch of requests give the same response. Waits while no server serves. Raises
@@ -116,7 +118,8 @@ class Sampler:
             oldest = self._version
             self.counts["asked"] += 1
             try:
-                response = await self._guarded(address, self._ask(address, prompt, seed, temperature, priority))
+                request = self._ask(address, prompt, seed, temperature, priority, top_p)
+                response = await self._guarded(address, request)
                 if response.is_of(oldest, response.newest):
                     return response
                 self.counts["refused"] += 1
@@ -193,13 +196,16 @@ class Sampler:
             if tasks is not None:
                 tasks.discard(task)
 
-    async def _ask(self, address: str, prompt: Prompt, seed: int, temperature: float, priority: int) -> Response:
+    async def _ask(
+        self, address: str, prompt: Prompt, seed: int, temperature: float, priority: int, top_p: float
+    ) -> Response:
         body = {
             "token_ids": prompt.token_ids,
             "priority": priority,
             "sampling_params": {
                 "seed": seed,
                 "temperature": temperature,
+                "top_p": top_p,
                 "max_tokens": self._rollout.max_response_tokens,
                 "logprobs": 0,
                 "stop_token_ids": self._stop,

@@ -188,23 +188,29 @@ class RolloutSource(contextlib.ExitStack):
 
     # Evaluations
 
-    def evaluate(self, prompts: list[Prompt], samples: int, temperature: float, progress: Progress) -> list[Response]:
-        """`samples` responses to every prompt, made by all replicas together, in the order of the prompts.
+    def evaluate(self, prompts: Sequence[Prompt], progress: Progress) -> list[Response]:
+        """`eval.samples` responses to every prompt, made by all replicas together, in the order of the prompts.
 
         Empty but on the replicas' leaders. Collectives: as `take`, and one more all-gather and broadcast.
         """
-        seed = self._config.run.seed
+        seed, settings = self._config.run.seed, self._config.eval
         own: dict[Key, Group] = {
             ("eval", progress.step, place): Group(
-                prompts[place], request_seed(seed, f"eval {prompts[place].index}"), samples, temperature, FIRST
+                prompts[place],
+                request_seed(seed, f"eval {prompts[place].index}"),
+                settings.samples,
+                settings.temperature,
+                FIRST,
+                settings.top_p,
             )
             for place in self._own(range(len(prompts)))
         }
         self._wait_for(own, list(own), progress)
 
         def everyones() -> list[Response]:
-            shares = all_gathered(self._producer.take(own), data_group())
-            return sorted((response for share in shares for response in share), key=lambda r: r.prompt.index)
+            shares = all_gathered({key: self._producer.take([key]) for key in own}, data_group())
+            groups = {key: group for share in shares for key, group in share.items()}
+            return [r for place in range(len(prompts)) for r in groups["eval", progress.step, place]]
 
         return _on_leader(everyones, [])
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dgpo import cli
+from megatron_dgpo.algorithm.resolve import without_effect
 from megatron_dgpo.config import load_config
 from megatron_dgpo.planning.hardware import GPUS, Cluster
 from megatron_dgpo.planning.plan import Planner, sides_of, workload_of
@@ -56,6 +57,45 @@ def test_readme_shows_what_the_tool_prints(recipe, capsys, monkeypatch):
     assert plan_parallelism.main(command(recipe)) == 0
     printed = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
     assert printed in (ROOT / "examples" / recipe / "README.md").read_text()
+
+
+def rows(folder: str) -> list[str]:
+    """What the table of a README, one row a method, gives behind the config."""
+    text = (ROOT / "examples" / folder / "README.md").read_text()
+    return re.findall(r"^\|.*\| `(examples/algorithms/.*)` \|$", text, re.MULTILINE)
+
+
+# The 1.5B has a 7B's layers, but narrower ones.
+SMALL = {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+}
+TABLES = [("qwen2.5-32b", "qwen2.5-32b", {}, 128), ("r1-distill", "qwen2.5-7b", {}, 8)]
+TABLES += [("r1-distill", "qwen2.5-7b", SMALL, 8)]
+
+
+@pytest.mark.parametrize("folder, model, changes, gpus", TABLES, ids=["32b", "r1-7b", "r1-1.5b"])
+def test_every_row_of_a_papers_table_can_be_run(folder, model, changes, gpus, tmp_path, monkeypatch):
+    """Its settings are valid, legal and in no part in vain, and it fits the GPUs."""
+    monkeypatch.chdir(ROOT)
+    content = json.loads((ROOT / "examples" / model / "model" / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    architecture, cluster = read_architecture(tmp_path), Cluster(GPUS["h100"], 8)
+    assert len(rows(folder)) >= 5
+    for row in rows(folder):
+        config = load_config(f"examples/{folder}/config.yaml", shlex.split(row))
+        assert without_effect(config) == [] and len({path.stem for path in config.data.eval}) in (2, 6)
+        work, (trainer, rollout) = workload_of(config, 200, 4000), sides_of(config, gpus, 8)
+        assert refusal(architecture, trainer, work, 8) is None
+        assert rollout_refusal(architecture, rollout, 8) is None
+        servers = config.servers
+        plan = Planner(Sizes(architecture), work, cluster).evaluate(
+            trainer, rollout, servers.gpu_memory_fraction, servers.max_concurrent
+        )
+        assert plan.problem is None and plan.trainer_headroom(cluster) > 5 * 2**30
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -58,13 +58,14 @@ def run(tmp_path):
     """Steps of a run on one or two servers: (groups of each step, the fakes)."""
     servers = [FakeServer(), FakeServer()]
 
-    def run(first=1, last=STEPS, between=None, **rollout):
+    def run(first=1, last=STEPS, between=None, evaluation=None, **rollout):
         config = make_config(
             "unused",
             run={"dir": tmp_path, "steps": STEPS},
             rollout={"prompts_per_step": SIZE, "group_size": 3, "record": True, **rollout},
             reward={"grader": GRADER, "workers": 1},
             servers={"max_concurrent": 4},
+            eval=evaluation or {},
         )
         updates, steps = Updates(servers), []
         with RolloutSource(config, [2], Tokenizer(), updates, PROMPTS) as rollouts:
@@ -194,12 +195,17 @@ def test_evaluations_are_of_the_weights_now_while_training_goes_on(run):
     found = {}
 
     def between(step, rollouts, progress):
-        found[step] = rollouts.evaluate(PROMPTS[:5], 2, 0.0, progress)
+        # Of two sets, in each of which problems are counted from 0.
+        found[step] = rollouts.evaluate(PROMPTS[:5] + PROMPTS[:2], progress)
 
-    run(between=between, max_staleness=2)
+    run(between=between, max_staleness=2, evaluation={"samples": 2, "temperature": 0.6, "top_p": 0.95})
     for step, responses in found.items():
-        assert [r.prompt.index for r in responses] == [i for i in range(5) for _ in range(2)]
+        assert [r.prompt.index for r in responses] == [i for i in (*range(5), *range(2)) for _ in range(2)]
         assert {r.versions[0][0] for r in responses} == {step - 1}
+    asked = [body["sampling_params"] for server in run.servers for body in server.asked]
+    # What is trained on is of the whole distribution.
+    assert {(s["temperature"], s["top_p"]) for s in asked} == {(1.0, 1.0), (0.6, 0.95)}
+    assert sum(s["top_p"] == 0.95 for s in asked) == STEPS * 7 * 2
 
 
 # Dynamic sampling

@@ -20,11 +20,11 @@ from tools.comparison.intervals import Estimate, mean_of
 _SECONDS_AN_HOUR = 3600
 # More steps than these are named by the first, the last and their number.
 _MOST_STEPS = 8
-# Of a response's row in eval/step_N.jsonl, for metrics that are its mean; as evaluation.py has them.
+# Of a response's row in step_N.jsonl of eval or eval/SET, for metrics that are its mean; as evaluation.py has them.
 _OF_RESPONSE: dict[str, Callable[[dict], float]] = {
-    "eval/accuracy": lambda row: float(row["reward"] >= 1.0),
-    "eval/reward": lambda row: float(row["reward"]),
-    "eval/response_length": lambda row: float(len(row["token_ids"])),
+    "accuracy": lambda row: float(row["reward"] >= 1.0),
+    "reward": lambda row: float(row["reward"]),
+    "response_length": lambda row: float(len(row["token_ids"])),
 }
 
 
@@ -84,12 +84,14 @@ class Run:
         return sums
 
     def over_problems(self, metric: str, step: int) -> Estimate | None:
-        """Mean over problems of the mean over each one's responses; None without the file, or for another metric.
+        """Mean over problems of the mean over each one's responses; None without the file, or for another metric,
+        such as a mean over sets.
 
         Raises UsageError where the file is none of responses.
         """
-        file, measure = self.folder / "eval" / f"step_{step:08d}.jsonl", _OF_RESPONSE.get(metric)
-        if measure is None or not file.is_file():
+        place, _, what = metric.rpartition("/")
+        file, measure = self.folder / place / f"step_{step:08d}.jsonl", _OF_RESPONSE.get(what)
+        if measure is None or place.split("/")[0] != "eval" or not file.is_file():
             return None
         problems: dict[int, list[float]] = {}
         try:

@@ -62,6 +62,8 @@ def values_of(arm: Arm, setting: str) -> list[str]:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
