@@ -152,7 +152,7 @@ def test_killed_at_any_moment_no_prompt_is_lost_or_trained_twice(folder):
         before |= {row["step"]: row for row in read_metrics(metrics)}
         reached.append(max(before, default=0))
     print(f"killed after steps {reached}")
-    ended(start(config, folder))
+    ended(start(config, folder), timeout_s=400 + 10 * steps)
     check_steps(run_dir, steps)
     after = {row["step"]: row for row in read_metrics(run_dir / "metrics" / "train.jsonl")}
     assert sorted(after) == list(range(steps + 1)) and not undocumented(after[steps])
