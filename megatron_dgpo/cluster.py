@@ -93,6 +93,11 @@ class Node:
         job, _, start = self.logs.name.rpartition(".")
         return (self.logs.with_name(f"{job}.{int(start) - 1}") / "no_step").exists()
 
+    def failures(self) -> int:
+        """Starts of this job that have failed, this one included once `is_first_failure` was asked."""
+        job, _, _ = self.logs.name.rpartition(".")
+        return len(list(self.logs.parent.glob(f"{job}.*/failed")))
+
     def is_first_failure(self) -> bool:
         """True for the first caller of the whole job: its failure caused the others'."""
         try:

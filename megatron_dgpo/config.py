@@ -92,6 +92,8 @@ class Run(Section):
     """Training steps; one step samples, updates and pushes the new weights to the engines."""
     seed: int = Field(1, ge=0, lt=2**31)
     """Of the order of problems, of sampling and of Megatron's generators."""
+    restarts: int = Field(0, ge=0, lt=1000)
+    """Times that a SLURM job begins again by itself after a failure, if it wrote a checkpoint since it began."""
     collective_timeout_s: Seconds = 600
     """Longest wait of a rank for the others, where none of them waits for a server: so long may one that is stopped or
     hangs go unnoticed."""

@@ -18,6 +18,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -55,7 +56,8 @@ def launch(arguments: list[str], config: Config, node: Node, world_size: int, ne
 
     `run.dir` is this run's until its last rank has ended. Ends within seconds of the first failure, printing the failed
     process's last lines; a server's end is one when it has been started anew `servers.max_restarts` times within an
-    hour. Asked by SIGTERM or SIGUSR1, training finishes its step and saves: stop.STOPPED. SIGINT, SIGHUP, a second
+    hour. A job that failed after a checkpoint of its own begins again `run.restarts` times: stop.FAILED_ON_ITS_WAY.
+    Asked by SIGTERM or SIGUSR1, training finishes its step and saves: stop.STOPPED. SIGINT, SIGHUP, a second
     SIGTERM, and any during an evaluation end everything at once: 128 + the signal. Nothing it started outlives it, even
     when it is killed.
     """
@@ -73,7 +75,7 @@ def launch(arguments: list[str], config: Config, node: Node, world_size: int, ne
             # Of a start with more ranks: in a job each start has a folder of its own.
             for stale in node.logs.glob("*.error"):
                 stale.unlink(missing_ok=True)
-        began_with = newest(config.run.dir / "checkpoints")
+        began_with = _newest_checkpoint(config)
         addresses = list(config.servers.addresses)
         if needs_servers and not addresses:
             servers, addresses = server.start(config, secret, node.logs)
@@ -85,10 +87,12 @@ def launch(arguments: list[str], config: Config, node: Node, world_size: int, ne
         failed = process.supervise(ranks, servers, (0, stop.STOPPED), reviver(config))
         if failed is not None:
             _report(failed, servers, node, process.write_stacks(ranks))
+            if node.in_job and node.failures() <= config.run.restarts and _newest_checkpoint(config) != began_with:
+                return stop.FAILED_ON_ITS_WAY
             return max(1, failed.process.returncode or 1)
         status = max(rank.process.returncode for rank in ranks)
         if status == stop.STOPPED and node.index == 0:
-            if newest(config.run.dir / "checkpoints") == began_with and node.is_second_in_vain():
+            if _newest_checkpoint(config) == began_with and node.is_second_in_vain():
                 raise UsageError(
                     "the job was asked to stop before it had made a step, and so was its start before this one: give "
                     "it more --time than --signal's seconds and a step take"
@@ -105,6 +109,10 @@ def launch(arguments: list[str], config: Config, node: Node, world_size: int, ne
     finally:
         process.stop([*ranks, *servers])
         lock.close()
+
+
+def _newest_checkpoint(config: Config) -> Path | None:
+    return newest(config.run.dir / "checkpoints")
 
 
 def _handle_signals(ranks: list[process.Child], gently: bool) -> None:

@@ -16,6 +16,9 @@ SIGNALS = frozenset({signal.SIGUSR1, signal.SIGTERM})
 STOPPED = 75
 """Exit status of training that was asked to stop and has saved (EX_TEMPFAIL of sysexits.h: try again later)."""
 
+FAILED_ON_ITS_WAY = 76
+"""Exit status of a job's training that failed and may begin again, from its last checkpoint."""
+
 
 def block() -> None:
     """Keep the signals pending in this process and in whatever it starts from now on."""

@@ -49,8 +49,8 @@ watch() {
     kill -KILL "${steps[@]}" 2>/dev/null
     wait "$trainer"
     status=$?
-    # 75 (megatron_dgpo/stop.py): it was asked to stop, and has saved.
-    if [[ $status == 75 && -z $cancelled ]]; then
+    # megatron_dgpo/stop.py: it was asked to stop, and has saved; or it failed on its way, and run.restarts are left.
+    if [[ ($status == 75 || $status == 76) && -z $cancelled ]]; then
         echo "job $SLURM_JOB_ID is requeued and continues the run"
         scontrol requeue "$SLURM_JOB_ID"
     fi

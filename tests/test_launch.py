@@ -135,6 +135,37 @@ def test_a_job_that_is_stopped_before_its_first_step_is_requeued_once(started, t
     assert status_of_start(3) == stop.STOPPED
 
 
+def test_a_job_that_failed_after_a_checkpoint_begins_again_so_many_times(started, tmp_path, monkeypatch):
+    overrides = [f"run.dir={tmp_path}", "run.restarts=1"]
+    config = load_config(ROOT / "examples" / "arithmetic" / "config.yaml", overrides)
+    started.node = "10.0.0.1"
+    steps = iter(range(1, 100))
+
+    def status_of_start(number: int, made_step: bool = True) -> int:
+        def fails(ranks, *_):
+            if made_step:
+                folder = tmp_path / "checkpoints" / f"step_{next(steps):08d}"
+                folder.mkdir(parents=True)
+                progress = {"step": 1, "prompts": 1, "weight_version": 1}
+                (folder / "manifest.json").write_text(
+                    json.dumps({"progress": progress, "architecture": {}, "files": {}})
+                )
+            return ranks[0]
+
+        monkeypatch.setattr(process, "supervise", fails)
+        monkeypatch.setattr(launcher, "_report", lambda *_: node.is_first_failure())
+        started.status = 1
+        variables = {JOB: f"7.{number}", INTERFACE: "ib0", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
+        node = Node.here(tmp_path, variables)
+        node.logs.mkdir(parents=True)
+        return launcher.launch(["sft", "config.yaml"], config, node, 1, False)
+
+    assert status_of_start(0, made_step=False) == 1
+    (tmp_path / "logs" / "7.0" / "failed").unlink()
+    assert status_of_start(1) == stop.FAILED_ON_ITS_WAY
+    assert status_of_start(2) == 1
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_gpu_has_one_process(started, tmp_path, name):
     config, nodes, rollout_nodes = recipe(name, tmp_path)
