@@ -320,7 +320,9 @@ def test_a_server_that_ends_is_started_anew_where_it_was(small, tmp_path, capfd)
     said = capfd.readouterr().err
     assert "vLLM server 0 ended (SIGKILL) and is started anew, 1 of 3 times an hour" in said
     assert f"2 of 3 times an hour (servers.max_restarts); its whole output: {log}" in said
-    assert not psutil.pid_exists(int(lines(log, 3)[2].split()[1]))
+    # Killed; on a busy machine the kernel takes its time.
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(lines(log, 3)[2].split()[1])).wait(timeout=20)
 
 
 @pytest.mark.parametrize("most", [2, 0])
