@@ -1,6 +1,6 @@
 """examples/comparison: its plan, which runs it starts, and its report, on run folders that are made up here.
 
-With real runs it takes minutes, and is tried by hand: `run.py --seeds 1 --steps 2 --arms grpo,dgpo --runs DIR`.
+With real runs it takes minutes, and is tried by hand: `run.py --seeds 1 --steps 2 --arms grpo,dgpo --runs DIR optimizer.warmup_steps=0`.
 """
 
 import json
@@ -52,10 +52,10 @@ def make_run(planned, data="d0", start="5a", held_out="7+8", **settings):
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """Two arms and three seeds, of two steps each; credit on carries is a tenth more in dgpo."""
+    """Two arms and three seeds, of two steps each; credit on carries is six times uniform's in dgpo."""
 
     def on_carries(folder, steps):
-        return {step: {"credit": 0.12 if "dgpo" in folder.name else 0.02, "lift": 1.0} for step in steps}
+        return {step: {"credit": 0.1, "lift": 6.0 if "dgpo" in folder.name else 1.0} for step in steps}
 
     monkeypatch.setattr(results, "credit_on_carries", on_carries)
     return plan(["grpo", "dgpo"], [1, 2, 3], 2, tmp_path)
@@ -205,11 +205,11 @@ def test_measures_and_paired_differences(study, tmp_path):
     assert found["seeds"] == [1, 2, 3] and found["commits"] == ["c0ffee"]
     first = found["arms"]["grpo"]["runs"][0]
     assert first["mean_accuracy"] == pytest.approx(START + 0.2) and first["final_accuracy"] == pytest.approx(0.7)
-    assert first["tokens"] == 200 and first["hours"] == pytest.approx(0.02) and first["seed"] == 1
+    assert first["tokens"] == {0: 0, 2: 200} and first["hours"] == pytest.approx(0.02) and first["seed"] == 1
     own = found["differences"]["grpo"]["dgpo"]
     assert own["mean_accuracy"]["mean"] == pytest.approx((0.10 + 0.12 + 0.12) / 6)
     assert own["mean_accuracy"]["shows"] == own["final_accuracy"]["shows"] == "higher"
-    assert own["carries_credit"]["mean"] == pytest.approx(0.1)
+    assert own["carries_lift"]["mean"] == 5
     assert json.loads((tmp_path / "report" / "comparison.json").read_text())["differences"] == found["differences"]
     assert (tmp_path / "report" / "comparison.png").read_bytes()[:4] == b"\x89PNG"
     assert "grpo" in (tmp_path / "report" / "report.html").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import EngFormatter
 from rich.table import Table
 
 from examples.arithmetic.carries import carries
@@ -32,7 +34,7 @@ from tools.inspect_credit import on_pivots
 
 METRIC = "eval/accuracy"
 PRIMARY = "mean_accuracy"
-MEASURES = (PRIMARY, "final_accuracy", "carries_credit")
+MEASURES = (PRIMARY, "final_accuracy", "carries_lift")
 # What arms are compared with: the whole methods, and the credit alone.
 BASELINES = ("grpo", "uniform")
 # Of a run's own, by design: entropy_e80 has its own reference.
@@ -158,15 +160,15 @@ def _run(run: Run) -> dict:
     accuracy = run.series(METRIC)
     steps = sorted({*range(_CREDIT_EVERY, run.last + 1, _CREDIT_EVERY), run.last})
     on_carries = credit_on_carries(run.folder, steps)
-    shares = [found["credit"] for found in on_carries.values() if found]
+    lifts = [found["lift"] for found in on_carries.values() if found]
     return {
         "seed": run.seed,
         "accuracy": accuracy,
         PRIMARY: statistics.fmean(accuracy.values()),
         "final_accuracy": accuracy[run.last],
-        "carries_credit": statistics.fmean(shares) if shares else None,
+        "carries_lift": statistics.fmean(lifts) if lifts else None,
         "carries": on_carries,
-        "tokens": run.tokens.get(run.last),
+        "tokens": {step: run.tokens.get(step) for step in accuracy},
         "hours": run.hours.get(run.last),
         "commits": [row.get("commit", "unknown") for row in _starts(run.folder)],
     }
@@ -240,29 +242,40 @@ def _text(value: dict | None) -> str:
 
 
 def draw(found: dict, picture: Path) -> None:
-    """Held-out accuracy against steps, mean over seeds, and the primary measure's differences to the first baseline."""
-    figure = Figure(figsize=(11, 4.5), layout=ConstrainedLayoutEngine(w_pad=0.1))
+    """Held-out accuracy against steps and tokens, means over seeds, and what the primary measure is above or below the
+    first baseline's."""
+    figure = Figure(figsize=(14, 4.5), layout=ConstrainedLayoutEngine(w_pad=0.1))
     FigureCanvasAgg(figure)
-    curves, forest = figure.subplots(1, 2)
+    by_step, by_tokens, forest = figure.subplots(1, 3)
     baseline, differences = next(iter(found["differences"].items()))
-    for place, (name, arm) in enumerate(found["arms"].items()):
-        colour, line = style(place)
+    styles = {name: style(place) for place, name in enumerate(found["arms"])}
+    for name, arm in found["arms"].items():
+        colour, line = styles[name]
         steps = list(arm["runs"][0]["accuracy"])
-        means = [statistics.fmean(run["accuracy"][step] for run in arm["runs"]) for step in steps]
-        curves.plot(steps, means, color=colour, linestyle=line, linewidth=1.5, label=name)
+        means = _over_runs(arm, "accuracy", steps)
+        for axis, places in ((by_step, steps), (by_tokens, _over_runs(arm, "tokens", steps))):
+            axis.plot(places, means, color=colour, linestyle=line, linewidth=1.5, label=name)
     rows = list(differences.items())[::-1]
     for place, (name, difference) in enumerate(rows):
-        value = difference[PRIMARY]
-        colour = style(list(found["arms"]).index(name))[0]
+        value, (colour, _) = difference[PRIMARY], styles[name]
         if value["low"] is not None:
             forest.plot([value["low"], value["high"]], [place, place], color=colour, linewidth=2)
         forest.plot(value["mean"], place, "o", color=colour)
     forest.axvline(0, color="#444444", linewidth=0.8)
     forest.set_yticks(range(len(rows)), [name for name, _ in rows])
-    forest.set_title(f"mean accuracy less {baseline}'s, 95 % intervals over seeds", fontsize=10, loc="left")
-    curves.set_title(f"held-out accuracy against steps, mean of {len(found['seeds'])} seeds", fontsize=10, loc="left")
-    curves.legend(fontsize=8, frameon=False)
-    for axis in (curves, forest):
+    forest.set_title(f"mean accuracy less {baseline}'s, 95 % intervals", fontsize=10, loc="left")
+    seeds = ", ".join(map(str, found["seeds"]))
+    by_step.set_title(f"held-out accuracy, mean of seeds {seeds}, against steps", fontsize=10, loc="left")
+    by_tokens.set_title("against tokens sampled", fontsize=10, loc="left")
+    by_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
+    by_step.legend(fontsize=8, frameon=False)
+    for axis in (by_step, by_tokens, forest):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=110)
+
+
+def _over_runs(arm: dict, name: str, steps: list[int]) -> list[float]:
+    """Means; not a number where a run does not know it."""
+    values = [[run[name][step] for run in arm["runs"]] for step in steps]
+    return [math.nan if None in own else statistics.fmean(own) for own in values]

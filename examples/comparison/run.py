@@ -3,7 +3,7 @@
     python examples/comparison/run.py                                # the study; stopped, the same command goes on
     python examples/comparison/run.py --hours 3                      # as much of it as begins within three hours
     python examples/comparison/run.py --report                       # what there is, without training
-    python examples/comparison/run.py --arms grpo,dgpo --seeds 1 --steps 2 --runs runs/trial rollout.prompts_per_step=8
+    python examples/comparison/run.py --arms grpo,dgpo --seeds 1 --steps 2 --runs runs/trial optimizer.warmup_steps=0
 
 Finished runs are skipped; one that was interrupted goes on from its checkpoint; one that fails is told, with its log,
 and the others go on. Settings behind the options hold for every arm. The report has the seeds that are finished in
