@@ -1,6 +1,6 @@
 """examples/comparison: its plan, which runs it starts, and its report, on run folders that are made up here.
 
-With real runs it takes minutes, and is tried by hand: `run.py --seeds 1 --steps 2 --arms grpo,dgpo --runs DIR optimizer.warmup_steps=0`.
+With real runs it takes minutes, and is tried by hand, as its README says under Cost.
 """
 
 import json
