@@ -222,7 +222,7 @@ def tables(found: dict) -> list[Table]:
     for name, arm in found["arms"].items():
         values.add_row(name, *(_text(arm[measure]) for measure in MEASURES))
     shown_tables = [values]
-    for baseline, differences in found["differences"].items():
+    for baseline, differences in ((name, own) for name, own in found["differences"].items() if own):
         table = Table("arm", *_titles(), title=f"less {baseline}'s of the same seed")
         for name, difference in differences.items():
             table.add_row(name, *(_text(difference[measure]) for measure in MEASURES))

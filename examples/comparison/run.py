@@ -46,8 +46,8 @@ _LOOK_S = 1.0
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    # As Ctrl-C does: the run that is going on is asked to save, and ends first.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # As Ctrl-C: the run that is going on is asked to save, and ends first.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed: list[PlannedRun] = []
     try:
         runs = plan(options.arms, options.seeds, options.steps, options.runs.absolute(), tuple(options.overrides))
@@ -129,7 +129,7 @@ def train_all(runs: list[PlannedRun], hours: float | None, console: Console) -> 
     times = (TextColumn("steps"), TimeElapsedColumn(), TextColumn("so far,"), TimeRemainingColumn(), TextColumn("left"))
     # Steps per second over an hour: servers start anew with every run.
     with Progress(*columns, *times, console=console, speed_estimate_period=_SECONDS_AN_HOUR) as progress:
-        bar = progress.add_task("", total=sum(run.steps - run.steps_saved for run in waiting))
+        bar = progress.add_task("", total=sum(max(0, run.steps - run.steps_saved) for run in waiting))
         done = 0
         for number, run in enumerate(waiting, len(runs) - len(waiting) + 1):
             if hours is not None and time.monotonic() - begin >= hours * _SECONDS_AN_HOUR:
