@@ -74,6 +74,7 @@ def report(runs: list[PlannedRun], folder: Path) -> dict:
         "steps": chosen[0].steps,
         "seeds": seeds,
         "seeds_registered": list(SEEDS),
+        "unfinished": [run.name for run in runs if not run.finished],
         "overrides": list(chosen[0].overrides),
         "warnings": [*_of_commits(commits), *comparison.warnings],
         "arms": {
@@ -115,9 +116,9 @@ def check_pairs(runs: list[PlannedRun]) -> None:
     for run in runs[1:]:
         theirs = _origins(run)
         different = [
-            f"{name} is {value} there and {theirs[name]} here (of files the checksum)"
-            for name, value in origins.items()
-            if theirs.get(name, value) != value
+            f"{name} is {origins.get(name)} there and {theirs.get(name)} here (of files the checksum)"
+            for name in origins | theirs
+            if origins.get(name) != theirs.get(name)
         ]
         if problems != _held_out(run):
             different.append("they were evaluated on different problems")
