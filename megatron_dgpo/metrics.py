@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_dgpo.json_file import replace_text
 from megatron_dgpo.progress import Progress, clock
+from megatron_dgpo.throughput import Throughput
 from megatron_dgpo.trace import named_range
 
 
@@ -25,10 +26,11 @@ class MetricsLog:
     run_dir/tensorboard/{name}.
     """
 
-    def __init__(self, run_dir: Path, name: str, visible: bool) -> None:
+    def __init__(self, run_dir: Path, name: str, visible: bool, throughput: Throughput | None = None) -> None:
         self._file = run_dir / "metrics" / f"{name}.jsonl"
         self._events = run_dir / "tensorboard" / name
         self._name, self._visible = name, visible
+        self._throughput = throughput or Throughput(ranks=1)
         self._phases: dict[str, float] = {}
         self._step_start = time.monotonic()
         self._writer: SummaryWriter | None = None
@@ -88,8 +90,7 @@ class MetricsLog:
         """Report a step with its phases' seconds; metrics are named phase/what. Steps must increase."""
         seconds = time.monotonic() - self._step_start
         times = {f"time/{name}_s": value for name, value in self._phases.items()} | {"time/step_s": seconds}
-        if "rollout/tokens" in metrics:
-            times["time/tokens_per_s"] = metrics["rollout/tokens"] / seconds
+        times |= self._throughput.rates(metrics | times)
         self._phases, self._step_start = {}, time.monotonic()
         if not (self._writer and self._progress):
             return

@@ -20,6 +20,9 @@ _SHOWN = (
     ("policy/deviation", "deviation", "{:.4f}"),
     ("credit/effective_share", "eff. share", "{:.3f}"),
     ("time/tokens_per_s", "tokens/s", "{:,.0f}"),
+    ("time/tokens_per_s_per_gpu", "tokens/s a GPU", "{:,.0f}"),
+    ("time/tflops_per_rank", "TFLOP/s a rank", "{:,.3g}"),
+    ("time/mfu", "MFU", "{:.1%}"),
     ("time/step_s", "seconds", "{:.1f}"),
 )
 _ROWS = 8
