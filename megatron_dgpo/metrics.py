@@ -103,18 +103,18 @@ class MetricsLog:
         self._draw(step, values)
         self._progress.show({"step": step, **values})
 
-    def saved(self) -> None:
-        """A checkpoint, and whatever else was a phase since the last `write`, is of that step, beside its
-        `time/step_s`."""
-        times = {f"time/{name}_s": value for name, value in self._phases.items()}
+    def saved(self, metrics: dict[str, float]) -> None:
+        """A checkpoint, with its `metrics` and whatever else was a phase since the last `write`, is of that step,
+        beside its `time/step_s`."""
+        values = metrics | {f"time/{name}_s": value for name, value in self._phases.items()}
         self._phases, self._step_start = {}, time.monotonic()
         if not self._progress:
             return
         before = self._file.read_text().splitlines(keepends=True)[:-1]
-        self._row |= times
+        self._row |= values
         replace_text(self._file, "".join(before) + json.dumps(self._row) + "\n")
-        self._draw(self._row["step"], times)
-        self._progress.amend(times)
+        self._draw(self._row["step"], values)
+        self._progress.amend(values)
 
     def _draw(self, step: int, values: dict[str, float]) -> None:
         assert self._writer

@@ -25,6 +25,7 @@ from megatron_dgpo.manifest import (
     oldest_progress,
     origins,
     read_manifest,
+    total_bytes,
 )
 from megatron_dgpo.metrics import MetricsLog
 from megatron_dgpo.micro_batch import MicroBatch, TrainingSequence
@@ -119,10 +120,16 @@ class Session(contextlib.ExitStack):
         return progress
 
     def save(self, progress: Progress) -> Progress:
-        """Returns where the oldest checkpoint stands that the run may go on from."""
+        """A checkpoint of the step that the log has got last, whose row gets its seconds and size; returns where the
+        oldest stands that the run may go on from."""
         settings = self.config.checkpoint
-        checkpoint.save(self._checkpoints, self.policy, self.architecture, progress, settings, self._origins)
-        return from_rank_0(lambda: oldest_progress(self._checkpoints, settings.keep) or progress)
+        with self.log.phase("checkpoint"):
+            path = checkpoint.save(self._checkpoints, self.policy, self.architecture, progress, settings, self._origins)
+        size, oldest = from_rank_0(
+            lambda: (total_bytes(read_manifest(path)), oldest_progress(self._checkpoints, settings.keep))
+        )
+        self.log.saved({"memory/checkpoint_gib": size / 2**30})
+        return oldest or progress
 
     def export(self) -> Path:
         """Write the policy as a Hugging Face directory, `run.dir/hf`."""

@@ -50,9 +50,7 @@ def sft(config: Config) -> bool:
             stops, saves = pace.after_step(progress.step)
             stopped = stops and not last
             if saves or last:
-                with session.log.phase("checkpoint"):
-                    session.save(progress)
-                session.log.saved()
+                session.save(progress)
         if not stopped:
             session.export()
         return not stopped

@@ -103,9 +103,7 @@ def train(config: Config) -> bool:
             stops, saves = pace.after_step(step)
             stopped = stops and not last
             if saves or last:
-                with log.phase("checkpoint"):
-                    rollouts.forget(session.save(progress))
-                log.saved()
+                rollouts.forget(session.save(progress))
         if not stopped:
             session.export()
         return not stopped

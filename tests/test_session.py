@@ -155,6 +155,36 @@ def test_a_resumed_run_takes_the_settings_it_is_given_and_saves_without_filling_
         assert {decay for *_, decay in groups} == {0.0, 0.5}
 
 
+def bytes_written(model_dir, folder, parallel):
+    """{rank: bytes} of a checkpoint's tensors."""
+    from megatron_dgpo import checkpoint
+    from megatron_dgpo.manifest import Progress, read_manifest, total_bytes
+
+    _, architecture, policy, batches, loss = build(model_dir, parallel)
+    policy.step(batches(2), loss)
+    path = checkpoint.save(folder, policy, architecture, Progress(1), Checkpoint())
+    manifest = read_manifest(path)
+    written = {0: 0, 1: 0}
+    for file, (size, _) in manifest["files"].items():
+        # Megatron's writer calls them __RANK_NUMBER.distcp.
+        if file.endswith(".distcp"):
+            written[int(file.split("_")[2])] += size
+    assert total_bytes(manifest) == sum(file.stat().st_size for file in path.iterdir() if file.name != "manifest.json")
+    return written
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_replicas_share_the_writing_of_a_checkpoint(model, tmp_path, distributed):
+    [alone] = run_ranks(bytes_written, 1, model, tmp_path / "alone", {"distributed_optimizer": distributed})
+    parallel = {"data": 2, "distributed_optimizer": distributed}
+    [shared, _] = run_ranks(bytes_written, 2, model, tmp_path / "shared", parallel)
+    assert sum(shared.values()) == pytest.approx(sum(alone.values()), rel=0.05)
+    # One has the moments and master weights of the distributed optimizer, 12 bytes a parameter, and the other then
+    # writes the float32 weights, 4 bytes.
+    share = 1 / 4 if distributed else 1 / 2
+    assert min(shared.values()) == pytest.approx(share * sum(shared.values()), rel=0.1)
+
+
 def saved_on_a_full_disk(model_dir, folder):
     """(the error of a second save, what is in the folder after it, and after a start that follows a cut-off save)."""
     from megatron_dgpo import checkpoint
