@@ -1,4 +1,4 @@
-"""What a run reports: TensorBoard and a JSONL file with the same numbers; `progress.py` shows them."""
+"""What a run reports: a JSONL file, TensorBoard and W&B with the same numbers; `progress.py` shows them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from megatron_dgpo.json_file import replace_text
 from megatron_dgpo.progress import Progress, clock
 from megatron_dgpo.throughput import Throughput
 from megatron_dgpo.trace import named_range
+from megatron_dgpo.wandb_run import WandbRun
 
 
 class MetricsLog:
@@ -26,11 +27,19 @@ class MetricsLog:
     run_dir/tensorboard/{name}.
     """
 
-    def __init__(self, run_dir: Path, name: str, visible: bool, throughput: Throughput | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        name: str,
+        visible: bool,
+        throughput: Throughput | None = None,
+        wandb: WandbRun | None = None,
+    ) -> None:
         self._file = run_dir / "metrics" / f"{name}.jsonl"
         self._events = run_dir / "tensorboard" / name
         self._name, self._visible = name, visible
         self._throughput = throughput or Throughput(ranks=1)
+        self._wandb = wandb
         self._phases: dict[str, float] = {}
         self._step_start = time.monotonic()
         self._writer: SummaryWriter | None = None
@@ -41,11 +50,13 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error, *_) -> None:
         if self._writer:
             self._writer.close()
         if self._progress:
             self._progress.close()
+        if self._wandb:
+            self._wandb.close(failed=error is not None)
 
     def start(self, done: int, total: int) -> None:
         """Begin after step `done` of `total`.
@@ -60,6 +71,8 @@ class MetricsLog:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         replace_text(self._file, "".join(json.dumps(row) + "\n" for row in kept))
         self._writer = SummaryWriter(self._events, purge_step=first)
+        if self._wandb:
+            self._wandb.start()
         self._progress = Progress(self._name, done, total)
         self._step_start = time.monotonic()
 
@@ -121,6 +134,8 @@ class MetricsLog:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
+        if self._wandb:
+            self._wandb.log(step, values)
 
     def warn(self, text: str) -> None:
         """Tell the user at once."""

@@ -36,6 +36,7 @@ from megatron_dgpo.model.policy import LossFunction, Policy, StepResult
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.run_record import record_start
 from megatron_dgpo.throughput import Throughput
+from megatron_dgpo.wandb_run import WandbRun
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.export import export_hf
 
@@ -84,8 +85,8 @@ class Session(contextlib.ExitStack):
         self.config, self._command = config, command
         self.architecture = read_architecture(config.model.path)
         self.sizes = Sizes(self.architecture)
-        throughput = Throughput.of_run(config, command)
-        self.log = self.enter_context(MetricsLog(config.run.dir, command, dist.get_rank() == 0, throughput))
+        throughput, wandb = Throughput.of_run(config, command), WandbRun(config, command) if config.run.wandb else None
+        self.log = self.enter_context(MetricsLog(config.run.dir, command, dist.get_rank() == 0, throughput, wandb))
         with self.log.startup(f"loading the policy from {config.model.path}"):
             initialize_parallel(config.parallel, config.run.seed, time_limits(config))
             self.policy = Policy(config, self.architecture, optimizer_steps)
