@@ -134,8 +134,8 @@ class MetricsLog:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
-        if self._wandb:
-            self._wandb.log(step, values)
+        if self._wandb and (problem := self._wandb.log(step, values)):
+            self.warn(problem)
 
     def warn(self, text: str) -> None:
         """Tell the user at once."""

@@ -23,7 +23,7 @@ _SHOWN = (
     ("time/tokens_per_s_per_gpu", "tokens/s a GPU", "{:,.0f}"),
     ("time/tflops_per_rank", "TFLOP/s a rank", "{:,.3g}"),
     ("time/mfu", "MFU", "{:.1%}"),
-    ("memory/checkpoint_gib", "GiB saved", "{:.2f}"),
+    ("memory/checkpoint_gib", "GiB saved", "{:.3g}"),
     ("time/step_s", "seconds", "{:.1f}"),
 )
 _ROWS = 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import uuid
 from typing import Any
@@ -57,10 +58,23 @@ class WandbRun:
         )
         self._run.define_metric("*", step_metric="step")
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        # Not by W&B's own count of steps, which takes none again: a checkpoint's seconds come after their step.
-        self._run.log({"step": step, **values})
+    def log(self, step: int, values: dict[str, float]) -> str | None:
+        """Returns why it gets nothing more from here on, when that is so.
+
+        No reason to end a run: the signal by which SLURM asks it to stop ends W&B's process at once, before the step
+        and its checkpoint are done.
+        """
+        if not self._run:
+            return None
+        try:
+            # Not by W&B's own count of steps, which takes none again: a checkpoint's seconds come after their step.
+            self._run.log({"step": step, **values})
+            return None
+        except Exception as error:
+            self._run = None
+            return f"Weights & Biases gets nothing from step {step} on: {type(error).__name__}: {error}"
 
     def close(self, failed: bool) -> None:
         if self._run:
-            self._run.finish(exit_code=int(failed))
+            with contextlib.suppress(Exception):
+                self._run.finish(exit_code=int(failed))

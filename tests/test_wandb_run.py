@@ -63,6 +63,21 @@ def test_it_gets_what_the_file_gets_and_goes_on_as_the_same_run(tmp_path, wandb)
     assert [named for name, _, named in wandb.calls if name == "init"][2]["id"] != first["id"]
 
 
+def test_its_end_is_told_and_is_not_the_run_s(tmp_path, wandb, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setattr(wandb.Run, "log", broken, raising=False)
+    monkeypatch.setattr(wandb.Run, "finish", broken, raising=False)
+    config = make_config("model", run={"dir": tmp_path / "mine", "wandb": "a project"})
+    run(config, [1, 2])
+    assert len(read_metrics(tmp_path / "mine" / "metrics" / "train.jsonl")) == 2
+    told = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert told == ["warning: Weights & Biases gets nothing from step 1 on: ConnectionResetError: Connection lost"]
+    # Where it breaks off between the last row and the end.
+    run(config, [])
+
+
 def test_a_run_that_fails_has_failed_there_too(tmp_path, wandb):
     config = make_config("model", run={"dir": tmp_path / "mine", "wandb": "a project"})
     run(config, [1])
