@@ -133,7 +133,7 @@ def computing(forward_flops: int, passes: int, busy_s: float) -> dict[str, float
         leader = first.setdefault(number, rank)
         work[leader], seconds[leader] = flops, max(seconds.get(leader, 0.0), busy)
     metrics = {"policy/model_tflop": passes * sum(work.values()) / 1e12}
-    if len(work) > 1:
+    if len(work) > 1 and all(work.values()):
         last = max(seconds, key=seconds.__getitem__)
         # The faster one's of two.
         usual = statistics.median_high(work[rank] / seconds[rank] for rank in work)

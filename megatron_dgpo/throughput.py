@@ -34,9 +34,9 @@ class Throughput:
         ranks = dist.get_world_size()
         if not torch.cuda.is_available():
             return cls(ranks)
-        count = len(config.servers.addresses) or server.own_count(command, config)
-        shared = config.servers.sleep
-        workers = 0 if shared else ServerLayout.from_config(config.servers, count).num_workers
+        unserved = command == "sft" or config.rollout.replay or config.servers.sleep
+        count = 0 if unserved else len(server.addresses(config))
+        workers = ServerLayout.from_config(config.servers, count).num_workers
         gpu = known_gpu(torch.cuda.get_device_name())
         return cls(ranks, ranks + workers, gpu.flops if gpu else None)
 

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_dgpo.metrics import MetricsLog, read_metrics
 from megatron_dgpo.planning.hardware import known_gpu
 from megatron_dgpo.planning.sizes import Sizes
+from megatron_dgpo.rollout import server
 from megatron_dgpo.throughput import Throughput
 from megatron_dgpo.weights.architectures import Architecture, read_architecture
 from tests.layouts import make_config
@@ -80,12 +81,14 @@ def test_on_a_cpu_ranks_are_counted_and_no_gpus(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "command, servers, gpus",
-    [("train", {"count": 3, "tensor": 2}, 10), ("train", {"count": 3, "sleep": True}, 4), ("sft", {"count": 3}, 4)],
+    [("train", {"tensor": 2}, 10), ("train", {"sleep": True}, 4), ("sft", {}, 4)],
 )
 def test_gpus_that_ranks_and_servers_share_are_counted_once(monkeypatch, command, servers, gpus):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    # Of all machines, as the launcher says.
+    monkeypatch.setenv(server.ADDRESSES, "http://a:1,http://a:2,http://b:1")
     throughput = Throughput.of_run(make_config("unused", servers=servers), command)
     assert throughput == Throughput(4, gpus, 989e12)
 
