@@ -20,8 +20,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_dgpo.complete_folder import complete_folder, partial_folder
@@ -38,6 +44,7 @@ from megatron_dgpo.manifest import (
     crc32_of,
     read_manifest,
     step_of,
+    total_bytes,
     wrong_sizes,
 )
 from megatron_dgpo.model.collectives import all_gathered, from_rank_0
@@ -69,6 +76,8 @@ def save(
 ) -> Path:
     """Write `folder/step_N` and drop what `settings` do not keep. Collective over all ranks; returns its path.
 
+    Replicas share the writing of what they all hold; who has written much of the optimizer writes less of the weights.
+
     origins: of the run, which what continues it is compared with. Raises UsageError, and writes nothing, where the disk
     has no room for what the last checkpoint took.
     """
@@ -81,7 +90,8 @@ def save(
         state["optimizer"] = policy.optimizer.sharded_state_dict(state, metadata=_METADATA)
         state["scheduler"] = policy.scheduler.state_dict()
         state["rng"] = _sharded_rng(_rng_state())
-        dist_checkpointing.save(state, str(partial))
+        strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), copies_group())
+        dist_checkpointing.save(state, str(partial), strategy)
         checksums = _checksums(partial)
         if leads:
             manifest = {
@@ -102,7 +112,7 @@ def save(
 
 def _check_room(folder: Path) -> None:
     manifest = next((found for path in candidates(folder) if (found := read_manifest(path))), None)
-    needed = sum(size for size, _ in manifest["files"].values()) if manifest else 0
+    needed = total_bytes(manifest)
     total, _, free = shutil.disk_usage(folder) if needed else (0, 0, 0)
     # Some network file systems do not tell.
     if total and free < needed:

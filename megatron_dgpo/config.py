@@ -101,6 +101,9 @@ class Run(Section):
     """Training steps of which PyTorch's profiler writes a trace, to run.dir/traces."""
     trace_rank: int = Field(0, ge=0, lt=2**31)
     """Whose."""
+    wandb: Text | None = None
+    """A project of Weights & Biases that gets metrics and settings, too; needs its package (pip install wandb). Key,
+    host and mode are the environment's: WANDB_API_KEY, WANDB_MODE=offline and the like."""
     check_finite: bool = False
     """Stop at the first NaN or infinity that reaches the loss, naming tensor and token; for debugging, slower."""
 

@@ -104,6 +104,11 @@ class _Manifest(Content):
     origins: dict[str, Annotated[list[str], Field(min_length=1, max_length=2)]] = {}
 
 
+def total_bytes(manifest: dict | None) -> int:
+    """Of the checkpoint's files; 0 where there is no manifest."""
+    return sum(size for size, _ in manifest["files"].values()) if manifest else 0
+
+
 def wrong_sizes(path: Path, manifest: dict) -> list[str]:
     """Files that are missing or of another size than when they were written."""
     return [

@@ -1,4 +1,4 @@
-"""What a run reports: TensorBoard and a JSONL file with the same numbers; `progress.py` shows them."""
+"""What a run reports: a JSONL file, TensorBoard and W&B with the same numbers; `progress.py` shows them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_dgpo.json_file import replace_text
 from megatron_dgpo.progress import Progress, clock
+from megatron_dgpo.throughput import Throughput
 from megatron_dgpo.trace import named_range
+from megatron_dgpo.wandb_run import WandbRun
 
 
 class MetricsLog:
@@ -25,10 +27,19 @@ class MetricsLog:
     run_dir/tensorboard/{name}.
     """
 
-    def __init__(self, run_dir: Path, name: str, visible: bool) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        name: str,
+        visible: bool,
+        throughput: Throughput | None = None,
+        wandb: WandbRun | None = None,
+    ) -> None:
         self._file = run_dir / "metrics" / f"{name}.jsonl"
         self._events = run_dir / "tensorboard" / name
         self._name, self._visible = name, visible
+        self._throughput = throughput or Throughput(ranks=1)
+        self._wandb = wandb
         self._phases: dict[str, float] = {}
         self._step_start = time.monotonic()
         self._writer: SummaryWriter | None = None
@@ -39,11 +50,13 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error, *_) -> None:
         if self._writer:
             self._writer.close()
         if self._progress:
             self._progress.close()
+        if self._wandb:
+            self._wandb.close(failed=error is not None)
 
     def start(self, done: int, total: int) -> None:
         """Begin after step `done` of `total`.
@@ -58,6 +71,8 @@ class MetricsLog:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         replace_text(self._file, "".join(json.dumps(row) + "\n" for row in kept))
         self._writer = SummaryWriter(self._events, purge_step=first)
+        if self._wandb:
+            self._wandb.start()
         self._progress = Progress(self._name, done, total)
         self._step_start = time.monotonic()
 
@@ -88,8 +103,7 @@ class MetricsLog:
         """Report a step with its phases' seconds; metrics are named phase/what. Steps must increase."""
         seconds = time.monotonic() - self._step_start
         times = {f"time/{name}_s": value for name, value in self._phases.items()} | {"time/step_s": seconds}
-        if "rollout/tokens" in metrics:
-            times["time/tokens_per_s"] = metrics["rollout/tokens"] / seconds
+        times |= self._throughput.rates(metrics | times)
         self._phases, self._step_start = {}, time.monotonic()
         if not (self._writer and self._progress):
             return
@@ -102,24 +116,26 @@ class MetricsLog:
         self._draw(step, values)
         self._progress.show({"step": step, **values})
 
-    def saved(self) -> None:
-        """A checkpoint, and whatever else was a phase since the last `write`, is of that step, beside its
-        `time/step_s`."""
-        times = {f"time/{name}_s": value for name, value in self._phases.items()}
+    def saved(self, metrics: dict[str, float]) -> None:
+        """A checkpoint, with its `metrics` and whatever else was a phase since the last `write`, is of that step,
+        beside its `time/step_s`."""
+        values = metrics | {f"time/{name}_s": value for name, value in self._phases.items()}
         self._phases, self._step_start = {}, time.monotonic()
         if not self._progress:
             return
         before = self._file.read_text().splitlines(keepends=True)[:-1]
-        self._row |= times
+        self._row |= values
         replace_text(self._file, "".join(before) + json.dumps(self._row) + "\n")
-        self._draw(self._row["step"], times)
-        self._progress.amend(times)
+        self._draw(self._row["step"], values)
+        self._progress.amend(values)
 
     def _draw(self, step: int, values: dict[str, float]) -> None:
         assert self._writer
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
+        if self._wandb and (problem := self._wandb.log(step, values)):
+            self.warn(problem)
 
     def warn(self, text: str) -> None:
         """Tell the user at once."""

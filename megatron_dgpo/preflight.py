@@ -19,6 +19,7 @@ from megatron_dgpo.manifest import check_architecture, check_origins, check_step
 from megatron_dgpo.model.compat import check_packages
 from megatron_dgpo.rewards.pool import GraderPool
 from megatron_dgpo.rollout import server
+from megatron_dgpo.wandb_run import check_installed
 from megatron_dgpo.weights.architectures import Architecture, read_architecture
 from megatron_dgpo.weights.load import check_weights
 from megatron_dgpo.weights.vocabulary import check_token_ids
@@ -40,6 +41,7 @@ def check(
     _check_devices(config, local_size, server.own_count(command, config))
     _check_overlaps(config.parallel)
     check_packages(config.model)
+    check_installed(config)
     tokenizer = load_tokenizer(config.model.path)
     check_token_ids(architecture, config.model.path, tokenizer)
     if command == "sft":

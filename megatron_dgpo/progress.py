@@ -20,6 +20,10 @@ _SHOWN = (
     ("policy/deviation", "deviation", "{:.4f}"),
     ("credit/effective_share", "eff. share", "{:.3f}"),
     ("time/tokens_per_s", "tokens/s", "{:,.0f}"),
+    ("time/tokens_per_s_per_gpu", "tokens/s a GPU", "{:,.0f}"),
+    ("time/tflops_per_rank", "TFLOP/s a rank", "{:,.3g}"),
+    ("time/mfu", "MFU", "{:.1%}"),
+    ("memory/checkpoint_gib", "GiB saved", "{:.3g}"),
     ("time/step_s", "seconds", "{:.1f}"),
 )
 _ROWS = 8
@@ -52,15 +56,16 @@ class Progress:
             self._durations = [*self._durations, row["time/step_s"]][-_RECENT:]
         self._done = row["step"]
         if not self._live:
-            shown = [f"{label} {form.format(row[metric])}" for metric, label, form in _SHOWN if metric in row]
-            line = ", ".join([*shown, *_phases(row), self._left()])
-            print(f"{self._name} {self._done}/{self._total}: {line}", flush=True)
+            self._print([*_parts(row), self._left()])
 
-    def amend(self, seconds: dict[str, float]) -> None:
-        """Phases of the step that was shown last, after it was."""
-        self._rows = [*self._rows[:-1], self._rows[-1] | seconds]
+    def amend(self, values: dict[str, float]) -> None:
+        """What is known of the step that was shown last after it was."""
+        self._rows = [*self._rows[:-1], self._rows[-1] | values]
         if not self._live:
-            print(f"{self._name} {self._done}/{self._total}: {', '.join(_phases(seconds))}", flush=True)
+            self._print(_parts(values))
+
+    def _print(self, parts: list[str]) -> None:
+        print(f"{self._name} {self._done}/{self._total}: {', '.join(parts)}", flush=True)
 
     def warn(self, text: str) -> None:
         self._console.print(Text(f"warning: {text}", "yellow"), soft_wrap=True)
@@ -92,6 +97,11 @@ class Progress:
             Text(f"{self.phase} …" if self.phase else "", "cyan"),
         )
         return Group(table, phases, bar) if self._rows else Group(bar)
+
+
+def _parts(row: dict) -> list[str]:
+    shown = [f"{label} {form.format(row[metric])}" for metric, label, form in _SHOWN if metric in row]
+    return [*shown, *_phases(row)]
 
 
 def _phases(row: dict) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from megatron_dgpo.manifest import (
     oldest_progress,
     origins,
     read_manifest,
+    total_bytes,
 )
 from megatron_dgpo.metrics import MetricsLog
 from megatron_dgpo.micro_batch import MicroBatch, TrainingSequence
@@ -32,7 +33,10 @@ from megatron_dgpo.model import device
 from megatron_dgpo.model.collectives import all_gathered, from_rank_0
 from megatron_dgpo.model.parallel import initialize_parallel
 from megatron_dgpo.model.policy import LossFunction, Policy, StepResult
+from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.run_record import record_start
+from megatron_dgpo.throughput import Throughput
+from megatron_dgpo.wandb_run import WandbRun
 from megatron_dgpo.weights.architectures import read_architecture
 from megatron_dgpo.weights.export import export_hf
 
@@ -80,7 +84,9 @@ class Session(contextlib.ExitStack):
         super().__init__()
         self.config, self._command = config, command
         self.architecture = read_architecture(config.model.path)
-        self.log = self.enter_context(MetricsLog(config.run.dir, command, visible=dist.get_rank() == 0))
+        self.sizes = Sizes(self.architecture)
+        throughput, wandb = Throughput.of_run(config, command), WandbRun(config, command) if config.run.wandb else None
+        self.log = self.enter_context(MetricsLog(config.run.dir, command, dist.get_rank() == 0, throughput, wandb))
         with self.log.startup(f"loading the policy from {config.model.path}"):
             initialize_parallel(config.parallel, config.run.seed, time_limits(config))
             self.policy = Policy(config, self.architecture, optimizer_steps)
@@ -115,10 +121,16 @@ class Session(contextlib.ExitStack):
         return progress
 
     def save(self, progress: Progress) -> Progress:
-        """Returns where the oldest checkpoint stands that the run may go on from."""
+        """A checkpoint of the step that the log has got last, whose row gets its seconds and size; returns where the
+        oldest stands that the run may go on from."""
         settings = self.config.checkpoint
-        checkpoint.save(self._checkpoints, self.policy, self.architecture, progress, settings, self._origins)
-        return from_rank_0(lambda: oldest_progress(self._checkpoints, settings.keep) or progress)
+        with self.log.phase("checkpoint"):
+            path = checkpoint.save(self._checkpoints, self.policy, self.architecture, progress, settings, self._origins)
+        size, oldest = from_rank_0(
+            lambda: (total_bytes(read_manifest(path)), oldest_progress(self._checkpoints, settings.keep))
+        )
+        self.log.saved({"memory/checkpoint_gib": size / 2**30})
+        return oldest or progress
 
     def export(self) -> Path:
         """Write the policy as a Hugging Face directory, `run.dir/hf`."""
@@ -134,6 +146,10 @@ class Session(contextlib.ExitStack):
         layout, cost = self.policy.layout, sequence_cost(self.architecture)
         budget = self.config.batch.micro_batch_tokens * layout.context
         return share_out(sequences, cost, layout.data, budget, layout.micro_batches_multiple)
+
+    def forward_flops(self, sequences: Iterable[TrainingSequence]) -> int:
+        """Operations that one forward pass over them needs, however they are packed and wherever they are."""
+        return sum(self.sizes.forward_flops(len(sequence), len(sequence.response)) for sequence in sequences)
 
     def step(self, batches: list[MicroBatch], loss: LossFunction, more: bool = False) -> StepResult:
         """Policy.step; tells the user of a skipped one, and raises TrainingStopped when too many follow each other."""

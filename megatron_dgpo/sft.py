@@ -13,6 +13,7 @@ from megatron_dgpo.model.policy import LossFunction
 from megatron_dgpo.pace import Pace
 from megatron_dgpo.session import Session, world
 from megatron_dgpo.statistics import token_statistics
+from megatron_dgpo.throughput import FORWARDS_OF_UPDATE
 from megatron_dgpo.trace import traced
 
 
@@ -31,7 +32,8 @@ def sft(config: Config) -> bool:
         while progress.step < config.sft.steps and not stopped:
             with traced(config.run, progress.step + 1), session.log.phase("policy"):
                 rows = order.take(progress.prompts, config.sft.batch_size)
-                mine = session.shares([solutions[row] for row in rows])[replica()[0]]
+                sequences = [solutions[row] for row in rows]
+                mine = session.shares(sequences)[replica()[0]]
                 result = session.step(pack_micro_batches(mine, config.parallel), loss)
             progress = Progress(progress.step + 1, progress.prompts + config.sft.batch_size)
             metrics = {
@@ -40,6 +42,7 @@ def sft(config: Config) -> bool:
                 "policy/grad_norm": result.grad_norm,
                 "policy/lr": result.lr,
                 "policy/skipped_steps": float(result.skipped),
+                "policy/model_tflop": FORWARDS_OF_UPDATE * session.forward_flops(sequences) / 1e12,
                 "rollout/tokens": result.metrics["tokens"],
             }
             session.log.write(progress.step, metrics)
@@ -47,9 +50,7 @@ def sft(config: Config) -> bool:
             stops, saves = pace.after_step(progress.step)
             stopped = stops and not last
             if saves or last:
-                with session.log.phase("checkpoint"):
-                    session.save(progress)
-                session.log.saved()
+                session.save(progress)
         if not stopped:
             session.export()
         return not stopped

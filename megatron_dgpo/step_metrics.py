@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter, deque
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ from megatron_dgpo.config import Config
 from megatron_dgpo.metrics import MetricsLog
 from megatron_dgpo.model import device
 from megatron_dgpo.model.collectives import all_gathered, from_leader
-from megatron_dgpo.model.parallel import data_group
+from megatron_dgpo.model.parallel import data_group, replica
 from megatron_dgpo.model.policy import LARGEST, StepResult
 from megatron_dgpo.rollout.response import Response
 
@@ -21,6 +22,8 @@ _WIDE_GAP = 0.05
 _FEW_EFFECTIVE = 0.5
 # Steps in a row, and the part of them, in which one side waited for the other, that are worth a word.
 _RECENT, _LONG_WAIT = 5, 0.1
+# Of the median replica's speed: one that is last and slower than this has not just got more to do.
+_SLOW = 0.8
 
 
 def step_metrics(responses: list[Response], step: int, results: list[StepResult]) -> dict[str, float]:
@@ -116,6 +119,28 @@ def _tokens_by_lag(responses: list[Response], step: int) -> Counter[int]:
     return Counter(lag for response in responses for lag in response.lags(step - 1))
 
 
+def computing(forward_flops: int, passes: int, busy_s: float) -> dict[str, float]:
+    """Of one step: the model's operations in all replicas, and which replica the others waited for, with its speed.
+
+    forward_flops: of one pass over this replica's sequences. passes: how many of them the step needs. busy_s: of
+    `StepResult`, over the optimizer steps. Collectives: one object all-gather over all ranks.
+    """
+    # By the first rank of each: a slow one holds up the others of its replica.
+    first: dict[int, int] = {}
+    work: dict[int, int] = {}
+    seconds: dict[int, float] = {}
+    for rank, (number, flops, busy) in enumerate(all_gathered((replica()[0], forward_flops, busy_s))):
+        leader = first.setdefault(number, rank)
+        work[leader], seconds[leader] = flops, max(seconds.get(leader, 0.0), busy)
+    metrics = {"policy/model_tflop": passes * sum(work.values()) / 1e12}
+    if len(work) > 1 and all(work.values()):
+        last = max(seconds, key=seconds.__getitem__)
+        # The faster one's of two.
+        usual = statistics.median_high(work[rank] / seconds[rank] for rank in work)
+        metrics |= {"policy/slowest_rank": float(last), "policy/slowest_rank_speed": work[last] / seconds[last] / usual}
+    return metrics
+
+
 class Warnings:
     """What is wrong with a run though it goes on, each said once; at the start, settings that do nothing or harm."""
 
@@ -130,7 +155,8 @@ class Warnings:
     def look(self, metrics: dict[str, float]) -> None:
         """At the metrics of a step."""
         self._latest.append(metrics)
-        looks: list[Callable[[dict[str, float]], str | None]] = [_other_sampler, _few_effective, self._waiting]
+        looks: list[Callable[[dict[str, float]], str | None]] = [_other_sampler, _few_effective]
+        looks += [self._waiting, self._straggling]
         if self._algorithm.credit == "distribution_guided" and self._algorithm.tau_mode == "absolute":
             looks.append(_degenerate_credit)
         for look in looks:
@@ -158,6 +184,20 @@ class Warnings:
                 "(rollout/finished_ahead); fewer servers, or a smaller rollout.max_staleness, would do"
             )
         return None
+
+    def _straggling(self, _: dict[str, float]) -> str | None:
+        """One replica that all others wait for, step after step, though its work is no more than theirs."""
+        speeds = [metrics.get("policy/slowest_rank_speed", 1.0) for metrics in self._latest]
+        if len(speeds) < _RECENT or max(speeds) > _SLOW:
+            return None
+        ranks = {metrics["policy/slowest_rank"] for metrics in self._latest}
+        if len(ranks) > 1:
+            return None
+        return (
+            f"the replica that begins with rank {int(ranks.pop())} computes at {sum(speeds) / _RECENT:.0%} of the "
+            "others' speed, and they wait for it (policy/slowest_rank_speed): look at the clocks and temperatures of "
+            "its GPUs, and at what else runs on its machines"
+        )
 
 
 def _degenerate_credit(metrics: dict[str, float]) -> str | None:

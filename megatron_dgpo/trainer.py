@@ -36,7 +36,8 @@ from megatron_dgpo.rollout.client import Engines
 from megatron_dgpo.rollout.response import Response
 from megatron_dgpo.rollout.source import RolloutSource
 from megatron_dgpo.session import Session, world
-from megatron_dgpo.step_metrics import Warnings, step_metrics
+from megatron_dgpo.step_metrics import Warnings, computing, step_metrics
+from megatron_dgpo.throughput import FORWARDS_OF_UPDATE
 from megatron_dgpo.trace import traced
 from megatron_dgpo.weight_sync.sync import ServerSleep, WeightSync
 
@@ -102,9 +103,7 @@ def train(config: Config) -> bool:
             stops, saves = pace.after_step(step)
             stopped = stops and not last
             if saves or last:
-                with log.phase("checkpoint"):
-                    rollouts.forget(session.save(progress))
-                log.saved()
+                rollouts.forget(session.save(progress))
         if not stopped:
             session.export()
         return not stopped
@@ -129,7 +128,8 @@ def update(
         with log.phase("reference"):
             return reference.attach(micro_batches) if reference else micro_batches
 
-    if scored_before or (several and algorithm.old_logprobs == "recomputed"):
+    frozen = scored_before or (several and algorithm.old_logprobs == "recomputed")
+    if frozen:
         # With one optimizer step the policy that sampled is the one that is updated: nothing to compute twice.
         for number, micro_batches in enumerate(minibatches):
             micro_batches = with_reference(micro_batches) if scored_before else micro_batches
@@ -140,10 +140,16 @@ def update(
         micro_batches = micro_batches if scored_before else with_reference(micro_batches)
         with log.phase("policy"):
             results.append(session.step(micro_batches, objective, more=number < len(minibatches)))
+    with log.phase("policy"):
+        # The optimizer's last kernels are of this phase, not of the push.
+        torch.cuda.synchronize()
+    sequences = [sequence for share in shares for part in share for sequence in part]
     if objective.record:
         file = file_of_credit(config.run.dir / "rollouts", step, replica()[0])
-        objective.record.write(file, [sequence for share in shares for part in share for sequence in part])
-    return step_metrics([response for group in groups.values() for response in group], step, results)
+        objective.record.write(file, sequences)
+    metrics = step_metrics([response for group in groups.values() for response in group], step, results)
+    passes = FORWARDS_OF_UPDATE + (reference is not None) + frozen
+    return metrics | computing(session.forward_flops(sequences), passes, sum(result.busy_s for result in results))
 
 
 def shared_out(session: Session, groups: dict[int, list[Response]], step: int) -> list[list[list[TrainingSequence]]]:

@@ -289,6 +289,14 @@ def test_responses_of_an_evaluation_that_are_all_the_same(case, capsys):
     case.fails(capsys, expected, "eval.top_p=0.95")
 
 
+def test_a_package_that_is_not_installed(case, capsys, tmp_path, monkeypatch):
+    expected = ["run.wandb=mine, but the package wandb is not installed", "pip install wandb"]
+    # What it leaves behind is no package.
+    (tmp_path / "wandb" / "latest-run").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    case.fails(capsys, expected, "run.wandb=mine")
+
+
 def test_more_processes_than_a_cpu_can_run(case, capsys):
     case.fails(capsys, ["1 ranks", "1000000 vLLM workers", "CPU cores"], "servers.count=1000000")
 

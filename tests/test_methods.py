@@ -96,10 +96,15 @@ def test_every_method_on_one_replica_and_on_two(config):
         assert metrics["policy/skipped_steps"] == 0 and metrics["policy/grad_norm"] > 0, name
         for other_metrics, other_weights in (found[name] for found in shared):
             assert other_metrics["policy/loss"] == pytest.approx(metrics["policy/loss"], rel=1e-4, abs=1e-6), name
+            assert other_metrics["policy/model_tflop"] == metrics["policy/model_tflop"], name
+            assert other_metrics["policy/slowest_rank"] in (0, 1) and not undocumented(other_metrics)
             # Adam's first steps are as large for the smallest gradient as for any: what rounding makes is one of them.
             assert (other_weights - weights).abs().mean() < 1e-5, name
         assert before is None or not torch.equal(before, weights), name
         before = weights
+    # Two minibatches: three passes of the update, one of the old policy, one of the reference if there is one.
+    tflop = {name: metrics["policy/model_tflop"] for name, (metrics, _) in alone.items()}
+    assert tflop["dapo"] * 5 == pytest.approx(tflop["dgpo"] * 4) and tflop["dgpo"] > 0
     assert alone["dgpo_calibrated"][0]["credit/effective_share"] == pytest.approx(0.8, abs=1e-3)
     assert "policy/reference_kl" in alone["grpo"][0] and "policy/reference_kl" not in alone["dapo"][0]
     assert alone["dapo"][0]["policy/counted_share"] == 1

@@ -106,7 +106,7 @@ def test_a_checkpoint_is_of_the_step_before_it(tmp_path, capsys):
         log.write(1, {"rollout/tokens": 10})
         with log.phase("checkpoint"):
             time.sleep(0.3)
-        log.saved()
+        log.saved({"memory/checkpoint_gib": 1.5})
         log.write(2, {"rollout/tokens": 10})
     rows = read_metrics(tmp_path / "metrics" / "train.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2]
@@ -114,7 +114,8 @@ def test_a_checkpoint_is_of_the_step_before_it(tmp_path, capsys):
     # Nor is it in anybody's tokens/s.
     assert max(row["time/step_s"] for row in rows) < 0.25
     assert _events(tmp_path)["time/checkpoint_s"] == {1: pytest.approx(rows[1]["time/checkpoint_s"], rel=1e-6)}
-    assert "train 1/2: checkpoint 0.3" in capsys.readouterr().out
+    assert rows[1]["memory/checkpoint_gib"] == 1.5 and "memory/checkpoint_gib" not in rows[2]
+    assert "train 1/2: GiB saved 1.5, checkpoint 0.3" in capsys.readouterr().out
 
 
 def test_steps_that_come_again_after_a_crash_are_kept_once(tmp_path):

@@ -155,6 +155,54 @@ def test_a_resumed_run_takes_the_settings_it_is_given_and_saves_without_filling_
         assert {decay for *_, decay in groups} == {0.0, 0.5}
 
 
+def flat_weights(policy):
+    return torch.cat([parameter.detach().flatten() for parameter in policy.modules[0].parameters()])
+
+
+def saved(model_dir, folder, parallel):
+    """({rank: bytes} of a checkpoint's tensors, the weights in it, and after another step)."""
+    from megatron_dgpo import checkpoint
+    from megatron_dgpo.manifest import Progress, read_manifest, total_bytes
+
+    _, architecture, policy, batches, loss = build(model_dir, parallel)
+    policy.step(batches(2), loss)
+    path = checkpoint.save(folder, policy, architecture, Progress(1), Checkpoint())
+    manifest = read_manifest(path)
+    written = {0: 0, 1: 0}
+    for file, (size, _) in manifest["files"].items():
+        # Megatron's writer calls them __RANK_NUMBER.distcp.
+        if file.endswith(".distcp"):
+            written[int(file.split("_")[2])] += size
+    assert total_bytes(manifest) == sum(file.stat().st_size for file in path.iterdir() if file.name != "manifest.json")
+    before = flat_weights(policy)
+    policy.step(batches(2), loss)
+    return written, before, flat_weights(policy)
+
+
+def loaded(model_dir, folder, parallel):
+    """(the weights of the checkpoint, and after another step)."""
+    from megatron_dgpo import checkpoint
+
+    _, architecture, policy, batches, loss = build(model_dir, parallel)
+    assert checkpoint.load_newest(folder, policy, architecture)
+    before = flat_weights(policy)
+    policy.step(batches(2), loss)
+    return before, flat_weights(policy)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_replicas_share_the_writing_of_a_checkpoint(model, tmp_path, distributed):
+    parallel = {"distributed_optimizer": distributed}
+    [(shared, weights, later), _] = run_ranks(saved, 2, model, tmp_path, parallel)
+    # One has the moments and master weights of the distributed optimizer, 12 bytes a parameter, and the other then
+    # writes the float32 weights, 4 bytes.
+    share = 1 / 4 if distributed else 1 / 2
+    assert min(shared.values()) == pytest.approx(share * sum(shared.values()), rel=0.1)
+    [(found, next_found)] = run_ranks(loaded, 1, model, tmp_path, parallel)
+    assert torch.equal(found, weights)
+    torch.testing.assert_close(next_found, later, rtol=1e-5, atol=1e-5)
+
+
 def saved_on_a_full_disk(model_dir, folder):
     """(the error of a second save, what is in the folder after it, and after a start that follows a cut-off save)."""
     from megatron_dgpo import checkpoint

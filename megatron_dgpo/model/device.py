@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import time
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -34,6 +35,23 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def mark() -> torch.cuda.Event | float:
+    """A point in time for `seconds_between`: where the GPU has done all that it was given so far, or now."""
+    if not torch.cuda.is_available():
+        return time.monotonic()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start, end) -> float:
+    """Waits for the GPU to get to the later one of two `mark`s."""
+    if not torch.cuda.is_available():
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 class _CudaMeansCpu(TorchFunctionMode):

@@ -18,6 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_dgpo.config import Config
 from megatron_dgpo.config import Optimizer as OptimizerSettings
 from megatron_dgpo.micro_batch import MicroBatch
+from megatron_dgpo.model import device
 from megatron_dgpo.model.collectives import broadcast_from_last_stage
 from megatron_dgpo.model.gpt import HiddenStatesModel, build_chunks, fuse_weight_gradients
 from megatron_dgpo.model.layer_specs import PackedAttention
@@ -38,7 +39,7 @@ LARGEST = "largest_"
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimizer step, the same on every rank.
+    """Of one optimizer step, the same on every rank but for `busy_s`.
 
     `metrics` are sums over the step's micro-batches and replicas, or maxima where their names start with `largest_`;
     `metrics["loss"]` is the sum of the losses.
@@ -49,6 +50,9 @@ class StepResult:
     lr: float
     skipped: bool
     """The loss or the gradient was not finite; the weights are as before."""
+    busy_s: float = 0.0
+    """From the first micro-batch until the gradients are to be reduced over the replicas: what this one needs for its
+    own share, before it waits for others. Its ranks wait for each other meanwhile, and for their experts' ranks."""
 
 
 class Policy:
@@ -75,7 +79,7 @@ class Policy:
                 group.param_gather_dispatched = True
         self.optimizer = get_megatron_optimizer(_optimizer_config(config), self.chunks)
         self.scheduler = _scheduler(self.optimizer, config.optimizer, optimizer_steps)
-        megatron.finalize_model_grads_func = finalize_model_grads
+        megatron.finalize_model_grads_func = self._reduce
         if ddp.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -122,6 +126,7 @@ class Policy:
             collected.append({**metrics, "loss": loss.detach()})
             return loss, normaliser
 
+        start = device.mark()
         run_schedule(self.chunks, batches, compute_loss, backward=True)
         metrics = broadcast_from_last_stage(_over_replicas(collected) if is_last_stage() else {})
         self.optimizer.prepare_grads()
@@ -134,7 +139,13 @@ class Policy:
             self.optimizer.step_with_ready_grads()
         if self._gathers_beside_forward:
             self._gather_weights(wait=not more)
-        return StepResult(metrics, grad_norm, self.optimizer.param_groups[0]["lr"], skipped)
+        busy_s = device.seconds_between(start, self._computed)
+        return StepResult(metrics, grad_norm, self.optimizer.param_groups[0]["lr"], skipped, busy_s)
+
+    def _reduce(self, *args, **kwargs) -> None:
+        """What Megatron's schedule calls behind the last micro-batch."""
+        self._computed = device.mark()
+        finalize_model_grads(*args, **kwargs)
 
     def _clip(self, grad_norm: float) -> None:
         """As the optimizer's own `step`, which would go through all gradients for their norm once more."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -81,6 +82,17 @@ GPUS = {
     "h200": Gpu("H200-141GB", 139.8 * _GIB, 989e12, 4.8e12, 450e9, 50e9),
     "b200": Gpu("B200-180GB", 178.3 * _GIB, 2250e12, 7.7e12, 900e9, 50e9),
 }
+_OTHERS = {"pcie", "nvl", "mig"}
+
+
+def known_gpu(device: str) -> Gpu | None:
+    """By PyTorch's name of it, such as "NVIDIA H100 80GB HBM3". PCIe cards and slices of a GPU have other rates.
+
+    >>> known_gpu("NVIDIA A100-SXM4-80GB").name, known_gpu("NVIDIA H100 NVL"), known_gpu("NVIDIA GH200 480GB")
+    ('A100-80GB', None, None)
+    """
+    words = set(re.split(r"\W+", device.lower()))
+    return next((gpu for name, gpu in GPUS.items() if name in words and not words & _OTHERS), None)
 
 
 def read_gpu(text: str) -> Gpu:

@@ -1,4 +1,4 @@
-"""Counts of one model that the planner's formulas need."""
+"""Counts of one model that the planner's formulas, and the measured FLOP/s of a run, need."""
 
 from __future__ import annotations
 
@@ -40,6 +40,15 @@ class Sizes:
     def kv_bytes(self) -> int:
         """Of one token in a bfloat16 cache, all layers."""
         return 2 * self.layers * self.g * self.d * 2
+
+    def forward_flops(self, tokens: int, response_tokens: int) -> int:
+        """Of one sequence, whose response alone needs logits; backward takes twice as many. Attention's are those of
+        the pairs of a token and one before it, within a window if the model has one: half of all pairs at most."""
+        window = min(self.architecture.sliding_window or tokens, tokens)
+        weights = 2 * tokens * (self.attention_weights + self.active_mlp_weights)
+        # Two products of 2·d operations a head, window · (tokens - window / 2) pairs.
+        pairs = 2 * self.a * self.d * window * (2 * tokens - window)
+        return self.layers * (weights + pairs) + 2 * response_tokens * self.h * self.vocab
 
     # What is planned lives as long as the program.
     @functools.cache  # noqa: B019

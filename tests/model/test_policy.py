@@ -63,6 +63,32 @@ def test_data_parallel_steps_do_not_depend_on_the_layout(model, dtype, tolerance
                 torch.testing.assert_close(value, expected[name], rtol=tolerance, atol=20 * tolerance)
 
 
+def seconds_of_steps(model_dir):
+    """Rank 1 takes its time over every loss."""
+    import time
+
+    import torch.distributed as dist
+
+    _, _, policy, batches, loss = build(model_dir, {})
+
+    def slow(*arguments):
+        time.sleep(0.5 * dist.get_rank())
+        return loss(*arguments)
+
+    found = []
+    for _ in range(2):
+        start = time.monotonic()
+        found.append((policy.step(batches(2), slow).busy_s, time.monotonic() - start))
+    return found
+
+
+def test_waiting_for_a_slow_replica_is_not_being_busy(model):
+    # Of two ranks' eight sequences each has two micro-batches.
+    for (mine, whole), (slow, slow_whole) in zip(*run_ranks(seconds_of_steps, 2, model), strict=True):
+        assert 1 <= slow <= slow_whole and min(whole, slow_whole) > 1
+        assert mine < slow - 0.5
+
+
 def small_updates(model_dir, dtype):
     """How far a weight moves over steps of which each is too small for bfloat16."""
     _, _, policy, batches, loss = build(model_dir, {}, dtype=dtype)
