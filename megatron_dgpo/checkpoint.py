@@ -13,6 +13,7 @@ import json
 import logging
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -171,7 +172,7 @@ def load(path: Path, policy: Policy, weights_only: bool = False) -> None:
     for name, chunk in _named_chunks(policy):
         chunk.load_state_dict(loaded[name])
     if not weights_only:
-        with _own_settings(policy):
+        with _own_settings(policy, loaded["optimizer"]):
             policy.optimizer.load_state_dict(loaded["optimizer"])
         _separate_step_counts(policy)
         policy.scheduler.load_state_dict(loaded["scheduler"])
@@ -183,8 +184,14 @@ def load(path: Path, policy: Policy, weights_only: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def _own_settings(policy: Policy):
-    """Whatever is loaded meanwhile: Megatron keeps learning rates and the like in a checkpoint, too, and takes them."""
+def _own_settings(policy: Policy, loaded: dict):
+    """While `loaded` is: Megatron keeps learning rates and the like in a checkpoint, too, and takes them.
+
+    From 0.19 on it also finds each group's counterpart there by its rates, which all groups have in common.
+    """
+    rates = {name: policy.optimizer.param_groups[0][name] for name in ("max_lr", "min_lr")}
+    for group in _groups_in(loaded):
+        group.update(rates)
     before = [
         {name: value for name, value in group.items() if name not in _NOT_SETTINGS}
         for group in policy.optimizer.param_groups
@@ -192,6 +199,15 @@ def _own_settings(policy: Policy):
     yield
     for group, settings in zip(policy.optimizer.param_groups, before, strict=True):
         group.update(settings)
+
+
+def _groups_in(state: dict) -> Iterator[dict]:
+    """Of parameters, in the state of an optimizer or of several that are chained."""
+    for name, value in state.items():
+        if name == "param_groups":
+            yield from value
+        elif isinstance(value, dict):
+            yield from _groups_in(value)
 
 
 def _named_chunks(policy: Policy) -> list[tuple[str, torch.nn.Module]]:

@@ -29,8 +29,12 @@ Origins = dict[str, list[str]]
 """{setting: [its value]} of all that a run was started with. Of what must not change on its way a second text says what
 has to stay: the value again, or of weights and data their fingerprint, whatever the path."""
 
-# The prompts and their order, and so what a position of that order is: seeds and the journal go by it.
-_FIXED = ("run.seed", "data.prompt_field", "data.template", "data.chat", "data.shuffle")
+# The prompts and their order, and so what a position of that order is: seeds and the journal go by it. And which
+# optimizer of Megatron's it is, whose states have nothing in common.
+_FIXED = (
+    *("run.seed", "data.prompt_field", "data.template", "data.chat", "data.shuffle"),
+    *("model.dtype", "parallel.distributed_optimizer"),
+)
 _FIXED_TOO = {
     "train": ("rollout.prompts_per_step", "rollout.group_size"),
     "sft": ("sft.response_field", "sft.batch_size"),
@@ -191,7 +195,7 @@ def check_origins(path: Path, manifest: dict, ours: Origins) -> None:
         if setting in _FILES:
             problem = f"{setting}={given} holds other {_FILES[setting].format(began_with)} of the run that {path}"
         else:
-            problem = f"{setting}={given}, but {setting}={began_with} made the prompts and steps of the run that {path}"
+            problem = f"{setting}={given}, but it is {began_with} in the run that {path}"
         raise UsageError(f"{problem} belongs to. Choose another run.dir, or {setting}={began_with} as it was")
 
 

@@ -381,7 +381,7 @@ def test_a_run_is_not_continued_with_other_prompts(case, capsys):
         "origins": origins(Config.model_validate(case.settings), "train"),
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    case.fails(capsys, ["run.seed=7, but run.seed=1 made", "step_00000003", "another run.dir"], "run.seed=7")
+    case.fails(capsys, ["run.seed=7, but it is 1 in the run", "step_00000003", "another run.dir"], "run.seed=7")
     case.fails(capsys, ["rollout.group_size=4", "or rollout.group_size=2 as it was"], "rollout.group_size=4")
     sft = [f"sft.data={case.data}", "sft.response_field=answer"]
     case.fails(capsys, ["command=sft, but command=train made"], *sft, command="sft")

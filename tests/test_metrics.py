@@ -43,6 +43,9 @@ def _events(run_dir) -> dict[str, dict[int, float]]:
 
 
 def _run(run_dir, steps, done=0, value=0.0):
+    if (run_dir / "tensorboard").exists():
+        # Of one process's files of one second TensorBoard reads .10 before .9.
+        time.sleep(1.1)
     with MetricsLog(run_dir, "train", visible=True) as log:
         log.start(done, 10)
         for step in steps:

@@ -271,7 +271,7 @@ def test_a_run_continues_with_new_settings_and_not_with_other_weights(recorded, 
         f"model.path={other}": f"model.path={other} holds other weights than {recorded / 'model'}, the starting policy",
         f"model.reference={other}": f"model.reference={other} holds other weights",
         "run.steps=1": "run.steps=1, but this run has done 2 steps",
-        "run.seed=2": "run.seed=2, but run.seed=1 made the prompts and steps of the run",
+        "run.seed=2": "run.seed=2, but it is 1 in the run",
     }.items():
         result = subprocess.run(command(config, changed), capture_output=True, text=True, timeout=120)
         assert result.returncode == 2 and sentence in result.stderr, result.stderr

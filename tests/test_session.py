@@ -276,9 +276,11 @@ def test_another_start_or_reference_is_refused(model, tmp_path, rows, setting):
         ("train", "rollout.group_size", 7, "8"),
         ("sft", "sft.response_field", "solution", "response"),
         ("sft", "sft.batch_size", 7, "64"),
+        ("train", "model.dtype", "bfloat16", "float32"),
+        ("sft", "parallel.distributed_optimizer", True, "false"),
     ],
 )
-def test_what_made_prompts_and_steps_is_refused(model, rows, command, setting, value, began_with):
+def test_what_must_stay_is_refused(model, rows, command, setting, value, began_with):
     files = {"data": {"train": rows}, "sft": {"data": rows}}
     section, name = setting.split(".")
     changed = files | {section: files.get(section, {}) | {name: value}}
@@ -286,7 +288,7 @@ def test_what_made_prompts_and_steps_is_refused(model, rows, command, setting, v
     given = value if isinstance(value, str) else json.dumps(value)
     with pytest.raises(UsageError) as error:
         check_origins(Path("step_1"), manifest, origins(make_config(model, **changed), command))
-    assert str(error.value).startswith(f"{setting}={given}, but {setting}={began_with} made the prompts and steps of")
+    assert str(error.value).startswith(f"{setting}={given}, but it is {began_with} in the run that")
     assert f"Choose another run.dir, or {setting}={began_with} as it was" in str(error.value)
 
 

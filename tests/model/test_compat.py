@@ -78,6 +78,6 @@ def test_oldest_pytorch_for_a_gpu(monkeypatch):
 
 
 def test_both_forms_of_a_mixture_s_spec():
-    submodules = MoESubmodules()
+    submodules = MoESubmodules(experts=None)
     assert moe_submodules(ModuleSpec(module=MoELayer, submodules=submodules)) is submodules
     assert moe_submodules(functools.partial(MoELayer, submodules=submodules)) is submodules
