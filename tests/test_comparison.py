@@ -191,8 +191,13 @@ def test_a_run_is_asked_to_save_when_the_command_is_ended(study, monkeypatch, tm
         if "up" in log.read_text():
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        run.train(study[0], log, look)
+    # A shell's background jobs, perhaps these tests, ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run.train(study[0], log, look)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert log.read_text().split() == ["up", "saved"]
 
 
