@@ -384,7 +384,7 @@ def test_a_run_is_not_continued_with_other_prompts(case, capsys):
     case.fails(capsys, ["run.seed=7, but it is 1 in the run", "step_00000003", "another run.dir"], "run.seed=7")
     case.fails(capsys, ["rollout.group_size=4", "or rollout.group_size=2 as it was"], "rollout.group_size=4")
     sft = [f"sft.data={case.data}", "sft.response_field=answer"]
-    case.fails(capsys, ["command=sft, but command=train made"], *sft, command="sft")
+    case.fails(capsys, ["command=sft, but it is train in the run"], *sft, command="sft")
     # What may change comes as far as the next check.
     case.fails(capsys, ["run.steps=2, but this run has done 3 steps"], "run.steps=2", "optimizer.lr=1")
     case.data.write_text(case.data.read_text() + '{"question": "3+3", "answer": "6"}\n')
