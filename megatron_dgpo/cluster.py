@@ -86,7 +86,7 @@ class Node:
 
     def is_second_in_vain(self) -> bool:
         """Notes that this start of the job made no step; whether the start before it, of a requeued job, made none
-        either: a third would be no better."""
+        either: a third would be no better. The same on all nodes."""
         if not self.in_job:
             return False
         (self.logs / "no_step").touch()
@@ -94,9 +94,14 @@ class Node:
         return (self.logs.with_name(f"{job}.{int(start) - 1}") / "no_step").exists()
 
     def failures(self) -> int:
-        """Starts of this job that have failed, this one included once `is_first_failure` was asked."""
+        """Starts of this job that have failed; this one is among them from now on. The same on all nodes."""
+        (self.logs / "ended_badly").touch()
         job, _, _ = self.logs.name.rpartition(".")
-        return len(list(self.logs.parent.glob(f"{job}.*/failed")))
+        return len(list(self.logs.parent.glob(f"{job}.*/ended_badly")))
+
+    def has_failed(self) -> bool:
+        """Whether some node of the job has."""
+        return self.in_job and (self.logs / "failed").exists()
 
     def is_first_failure(self) -> bool:
         """True for the first caller of the whole job: its failure caused the others'."""

@@ -95,8 +95,8 @@ class Run(Section):
     restarts: int = Field(0, ge=0, lt=1000)
     """Times that a SLURM job begins again by itself after a failure, if it wrote a checkpoint since it began."""
     collective_timeout_s: Seconds = 600
-    """Longest wait of a rank for the others, where none of them waits for a server: so long may one that is stopped or
-    hangs go unnoticed."""
+    """Longest wait of a rank for the others, where none of them waits for a server or writes: so long may one that is
+    stopped or hangs go unnoticed, or a replica compute longer than another."""
     trace_steps: tuple[Count, ...] = ()
     """Training steps of which PyTorch's profiler writes a trace, to run.dir/traces."""
     trace_rank: int = Field(0, ge=0, lt=2**31)
@@ -379,6 +379,8 @@ class Reward(Section):
 class Checkpoint(Section):
     every: Count = 20
     """Steps between checkpoints; the last step is always saved."""
+    timeout_s: Seconds = 1800
+    """Longest wait of ranks for the one that writes most, beyond run.collective_timeout_s."""
     every_minutes: PositiveFloat | None = None
     """Most minutes between checkpoints, to the end of a step; null: however long `every` steps take."""
     keep: Count = 2

@@ -35,6 +35,7 @@ from megatron_dgpo.run_lock import run_lock
 _AT_ONCE = (signal.SIGINT, signal.SIGHUP)
 _HOUR_S = 3600
 _FULL_BYTES = 2**20
+_LOOK_S = 1
 # gloo's words, those of PyTorch's watchdog over NCCL, and ours.
 _TIMED_OUT = re.compile(r"tim(ed|e)[ _]?out", re.IGNORECASE)
 
@@ -84,31 +85,53 @@ def launch(arguments: list[str], config: Config, node: Node, world_size: int, ne
             ranks.append(_start_rank(local_rank, node, world_size, master, arguments, addresses, secret, held))
         # Not before: what was started keeps the stop signals blocked.
         stop.unblock()
-        failed = process.supervise(ranks, servers, (0, stop.STOPPED), reviver(config))
+        failed = process.supervise(ranks, servers, (0, stop.STOPPED), reviver(config), _look_elsewhere(node))
         if failed is not None:
             _report(failed, servers, node, process.write_stacks(ranks))
-            if node.in_job and node.failures() <= config.run.restarts and _newest_checkpoint(config) != began_with:
-                return stop.FAILED_ON_ITS_WAY
-            return max(1, failed.process.returncode or 1)
+            return _after_failure(config, node, began_with, max(1, failed.process.returncode or 1))
         status = max(rank.process.returncode for rank in ranks)
-        if status == stop.STOPPED and node.index == 0:
+        if status == stop.STOPPED:
             if _newest_checkpoint(config) == began_with and node.is_second_in_vain():
                 raise UsageError(
                     "the job was asked to stop before it had made a step, and so was its start before this one: give "
                     "it more --time than --signal's seconds and a step take"
                 )
-            print("\nstopped after a whole step; the same command continues the run", file=sys.stderr, flush=True)
+            if node.index == 0:
+                print("\nstopped after a whole step; the same command continues the run", file=sys.stderr, flush=True)
         return status
     except _Interrupted as interrupted:
-        if node.in_job:
-            # The job ends because of another node, which may have waited for one of this node's ranks.
+        if node.has_failed():
+            # Which may have waited for one of this node's ranks.
             process.write_stacks(ranks)
+            print("\nended because another node of the job has failed", file=sys.stderr, flush=True)
+            return _after_failure(config, node, began_with, 128 + interrupted.number)
         name = signal.Signals(interrupted.number).name
         print(f"\nstopped by {name}; the same command continues the run", file=sys.stderr, flush=True)
         return 128 + interrupted.number
     finally:
         process.stop([*ranks, *servers])
         lock.close()
+
+
+def _after_failure(config: Config, node: Node, began_with: Path | None, otherwise: int) -> int:
+    """The exit status. Whatever it is, the failure counts."""
+    again = node.in_job and node.failures() <= config.run.restarts and _newest_checkpoint(config) != began_with
+    return stop.FAILED_ON_ITS_WAY if again else otherwise
+
+
+def _look_elsewhere(node: Node) -> Callable[[], None]:
+    """Raises _Interrupted when another node of the job has failed: SLURM would kill this one's processes, and their
+    status would be the job's."""
+    looked = time.monotonic()
+
+    def look() -> None:
+        nonlocal looked
+        if time.monotonic() > looked + _LOOK_S:
+            looked = time.monotonic()
+            if node.has_failed():
+                raise _Interrupted(signal.SIGINT)
+
+    return look
 
 
 def _newest_checkpoint(config: Config) -> Path | None:

@@ -71,9 +71,9 @@ class MetricsLog:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         replace_text(self._file, "".join(json.dumps(row) + "\n" for row in kept))
         self._writer = SummaryWriter(self._events, purge_step=first)
-        if self._wandb:
-            self._wandb.start()
         self._progress = Progress(self._name, done, total)
+        if self._wandb and (problem := self._wandb.start()):
+            self.warn(problem)
         self._step_start = time.monotonic()
 
     @contextlib.contextmanager

@@ -25,7 +25,9 @@ class Pace:
 
     def __init__(self, settings: Checkpoint, variables: Mapping[str, str] = os.environ) -> None:
         self._settings = settings
-        self._end = float(variables.get(JOB_END) or math.inf)
+        end = float(variables.get(JOB_END) or math.inf)
+        # One that is over already is none: a clock is wrong, or a limit was raised.
+        self._end = end if end > time.time() else math.inf
         self._looked = self._saved = time.monotonic()
         self._longest_s = 0.0
         """From one look to the next, evaluations and checkpoints included."""

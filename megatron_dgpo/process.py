@@ -219,15 +219,18 @@ def supervise(
     servers: list[Child],
     good: tuple[int, ...] = (0,),
     revived: Callable[[Child], bool] = lambda server: False,
+    look: Callable[[], None] = lambda: None,
 ) -> Child | None:
     """Wait until every worker has ended well (None), or until any worker fails or a server ends for good (that child).
 
     Without workers: until a server does. Of several that failed, the first to say so or to fall silent, though it may
     end after its peers, whose connections it closed, or hang in its end. good: exit statuses of a worker that has ended
-    well. revived: whether a server that has ended, however, runs again.
+    well. revived: whether a server that has ended, however, runs again. look: called now and then; what it raises ends
+    the waiting.
     """
     heard = math.inf
     while True:
+        look()
         failed = [child for child in workers if child.process.poll() not in (None, *good)]
         told = [child for child in workers if child.error_file.exists()]
         if not failed and workers and all(child.process.returncode is not None for child in workers):

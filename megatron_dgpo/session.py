@@ -44,12 +44,12 @@ from megatron_dgpo.weights.export import export_hf
 def time_limits(config: Config) -> tuple[timedelta, timedelta]:
     """How long a rank waits for others in Megatron's groups, and in that of all ranks.
 
-    In the latter they wait for whoever speaks with a server that starts or is updated. For responses nobody waits long:
-    the leaders give news of them every few seconds. The longest waits in the former that are in order are for one file
-    of an export (5 GB), and for one rank's part of a checkpoint.
+    In the latter they wait for whoever speaks with a server that starts or is updated, or writes the most of a
+    checkpoint. For responses nobody waits long: the leaders give news of them every few seconds. The longest wait in
+    the former that is in order is for one file of an export (5 GB).
     """
     limit = config.run.collective_timeout_s
-    longest = limit + max(config.servers.start_timeout_s, config.weight_sync.timeout_s)
+    longest = limit + max(config.servers.start_timeout_s, config.weight_sync.timeout_s, config.checkpoint.timeout_s)
     return timedelta(seconds=limit), timedelta(seconds=longest)
 
 

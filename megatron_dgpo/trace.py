@@ -15,9 +15,13 @@ from megatron_dgpo.config import Run
 @contextlib.contextmanager
 def traced(settings: Run, step: int) -> Iterator[None]:
     """What happens inside goes to run.dir/traces/step_N.rank_R.json.gz, for Perfetto or chrome://tracing, with a range
-    for each phase. Collectives: none."""
-    if step not in settings.trace_steps or dist.get_rank() != settings.trace_rank:
+    for each phase. Collectives: of a step that is traced a barrier, for writing it takes its time."""
+    if step not in settings.trace_steps:
         yield
+        return
+    if dist.get_rank() != settings.trace_rank:
+        yield
+        dist.barrier()
         return
     device = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
     with profile(activities=[ProfilerActivity.CPU, *device]) as profiler:
@@ -25,6 +29,7 @@ def traced(settings: Run, step: int) -> Iterator[None]:
     file = settings.dir / "traces" / f"step_{step:08d}.rank_{settings.trace_rank}.json.gz"
     file.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(file))
+    dist.barrier()
 
 
 @contextlib.contextmanager

@@ -38,7 +38,15 @@ class WandbRun:
         self._config, self._command = config, command
         self._run: Any = None
 
-    def start(self) -> None:
+    def start(self) -> str | None:
+        """Returns why there is no run at W&B, if there is none; that is no reason to end this one."""
+        try:
+            self._run = self._started()
+            return None
+        except Exception as error:
+            return f"Weights & Biases gets nothing of this start: {type(error).__name__}: {error}"
+
+    def _started(self) -> Any:
         import wandb
 
         settings = self._config.run
@@ -46,7 +54,7 @@ class WandbRun:
         if not id_file.is_file():
             id_file.parent.mkdir(parents=True, exist_ok=True)
             replace_text(id_file, uuid.uuid4().hex)
-        self._run = wandb.init(
+        run = wandb.init(
             project=settings.wandb,
             dir=str(settings.dir),
             id=id_file.read_text(),
@@ -56,7 +64,8 @@ class WandbRun:
             # Standard output is the progress table's.
             settings={"console": "off", "finish_timeout": _FINISH_S},
         )
-        self._run.define_metric("*", step_metric="step")
+        run.define_metric("*", step_metric="step")
+        return run
 
     def log(self, step: int, values: dict[str, float]) -> str | None:
         """Returns why it gets nothing more from here on, when that is so.

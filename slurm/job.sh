@@ -14,9 +14,11 @@ export MEGATRON_DGPO_JOB=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 MEGATRON_DGPO_SECRET=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export MEGATRON_DGPO_SECRET
 
-# By then the trainer has saved and ended, when another step would not fit: see megatron_dgpo/pace.py. Without a limit
-# there is no date.
-MEGATRON_DGPO_JOB_END=$(date -d "$(squeue --noheader --job="$SLURM_JOB_ID" --format=%e | head -n 1)" +%s 2>/dev/null)
+# By then the trainer has saved and ended, when another step would not fit: see megatron_dgpo/pace.py. Empty where there
+# is no limit, or SLURM does not answer. Of an array the whole of it would be listed by its first job's number.
+own=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+end=$(SLURM_TIME_FORMAT=standard squeue --noheader --job="${own:-$SLURM_JOB_ID}" --format=%e 2>/dev/null | head -n 1)
+MEGATRON_DGPO_JOB_END=${end:+$(date -d "$end" +%s 2>/dev/null)}
 export MEGATRON_DGPO_JOB_END
 
 steps=()

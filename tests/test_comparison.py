@@ -135,7 +135,8 @@ def test_seeds_are_the_outer_loop():
     assert len(runs) == 55 and [planned.seed for planned in runs[:11]] == [1] * 11
     assert [planned.arm for planned in runs[:11]] == list(ARMS) and is_registered(runs)
     assert not is_registered(plan(["grpo"], list(SEEDS), STEPS))
-    assert not is_registered(plan(list(ARMS), [1], STEPS, overrides=("optimizer.lr=1",)))
+    assert not is_registered(plan(list(ARMS), [1], STEPS))
+    assert not is_registered(plan(list(ARMS), list(SEEDS), STEPS, overrides=("optimizer.lr=1",)))
 
 
 def test_options(capsys):

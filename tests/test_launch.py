@@ -161,9 +161,33 @@ def test_a_job_that_failed_after_a_checkpoint_begins_again_so_many_times(started
         return launcher.launch(["sft", "config.yaml"], config, node, 1, False)
 
     assert status_of_start(0, made_step=False) == 1
-    (tmp_path / "logs" / "7.0" / "failed").unlink()
+    (tmp_path / "logs" / "7.0" / "ended_badly").unlink()
     assert status_of_start(1) == stop.FAILED_ON_ITS_WAY
     assert status_of_start(2) == 1
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_node_ends_when_another_has_failed(started, tmp_path, monkeypatch, capsys, restarts):
+    overrides = [f"run.dir={tmp_path}", f"run.restarts={restarts}"]
+    config = load_config(ROOT / "examples" / "arithmetic" / "config.yaml", overrides)
+    started.node = "10.0.0.1"
+    variables = {JOB: "7.0", INTERFACE: "ib0", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
+    node = Node.here(tmp_path, variables)
+    node.logs.mkdir(parents=True)
+    newest = iter([None, "a checkpoint"])
+    monkeypatch.setattr(launcher, "_newest_checkpoint", lambda _: next(newest))
+
+    def supervise(ranks, servers, good, revived, look):
+        look()
+        (node.logs / "failed").touch()
+        while True:
+            look()
+            time.sleep(0.1)
+
+    monkeypatch.setattr(process, "supervise", supervise)
+    status = launcher.launch(["sft", "config.yaml"], config, node, 1, False)
+    assert status == (stop.FAILED_ON_ITS_WAY if restarts else 128 + signal.SIGINT)
+    assert "another node of the job has failed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -429,6 +453,7 @@ def somewhere():
 
 stacks_on_request()
 limits = {"run": {"collective_timeout_s": 3}, "servers": {"start_timeout_s": 1}, "weight_sync": {"timeout_s": 1}}
+limits["checkpoint"] = {"timeout_s": 1}
 with world(make_config("unused", **limits)):
     dist.barrier()
     print("met", flush=True)

@@ -40,8 +40,10 @@ def decisions(settings: dict, ends_in_s: float | None, seconds: list[float]):
         ({"every": 100}, 400, [100, 100, 60], [(0, 0), (0, 0), (1, 1)]),
         # The longest step counts, here with an evaluation.
         ({"every": 100}, 400, [240, 10], [(1, 1), (1, 1)]),
+        # What is over at the start is no end.
+        ({"every": 2}, -1, [9, 9], [(0, 0), (0, 1)]),
     ],
-    ids=["steps", "minutes", "no-time-for-another", "longest"],
+    ids=["steps", "minutes", "no-time-for-another", "longest", "over-before"],
 )
 def test_pace(settings, ends_in_s, seconds, expected):
     for told in run_ranks(decisions, 2, settings, ends_in_s, seconds):

@@ -313,7 +313,7 @@ def test_other_rows_are_refused_and_the_same_in_another_place_are_not(model, tmp
 
 def test_a_checkpoint_of_fine_tuning_is_not_trained_on(model, rows):
     config = make_config(model, data={"train": rows}, sft={"data": rows})
-    with pytest.raises(UsageError, match="command=train, but command=sft made"):
+    with pytest.raises(UsageError, match="command=train, but it is sft in the run"):
         check_origins(Path("step_1"), {"origins": origins(config, "sft")}, origins(config, "train"))
 
 

@@ -91,6 +91,10 @@ def plan(
 
 
 def is_registered(runs: list[PlannedRun]) -> bool:
-    """Whether these are the study of README.md, or whole seeds of it."""
-    arms = {run.arm for run in runs}
-    return arms == set(ARMS) and all(run.steps == STEPS and not run.overrides and run.seed in SEEDS for run in runs)
+    """Whether these are the study of README.md, no arm or seed of it left out."""
+    whole = {(arm, seed) for arm in ARMS for seed in SEEDS}
+    return (
+        {(run.arm, run.seed) for run in runs} == whole
+        and all(run.steps == STEPS for run in runs)
+        and not any(run.overrides for run in runs)
+    )

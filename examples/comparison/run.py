@@ -86,7 +86,10 @@ def _names(text: str) -> list[str]:
 
 def _seeds(text: str) -> list[int]:
     ranges = [part.partition("-") for part in text.split(",")]
-    return sorted({seed for first, _, last in ranges for seed in range(int(first), int(last or first) + 1)})
+    seeds = sorted({seed for first, _, last in ranges for seed in range(int(first), int(last or first) + 1)})
+    if not seeds:
+        raise argparse.ArgumentTypeError(f"{text}: no seed")
+    return seeds
 
 
 def prepare(root: Path, console: Console) -> None:

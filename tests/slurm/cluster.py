@@ -88,8 +88,10 @@ class Slurm:
         user = subprocess.check_output(["id", "-un"], text=True).strip()
         text = _CONFIG.format(host=host, port=free_port(), user=user, folder=folder, nodes="\n".join(nodes))
         (folder / "slurm.conf").write_text(text)
-        # No device files: SLURM counts them.
-        (folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} Name=gpu Count=8\n")
+        # This host has none: any files stand for devices.
+        for number in range(8):
+            (folder / f"gpu{number}").touch()
+        (folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} Name=gpu File={folder}/gpu[0-7]\n")
         for name in ("state", *NODES):
             (folder / name).mkdir()
         (folder / "munge.key").touch(mode=0o400)
