@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ class StepResult:
     lr: float
     skipped: bool
     """The loss or the gradient was not finite; the weights are as before."""
-    busy_s: float = 0.0
+    busy_s: float = field(default=0.0, compare=False)
     """From the first micro-batch until the gradients are to be reduced over the replicas: what this one needs for its
     own share, before it waits for others. Its ranks wait for each other meanwhile, and for their experts' ranks."""
 
