@@ -2,8 +2,6 @@
 
 PYTHON ?= python3.11
 VENV := .venv
-# Processes that run tests. They wait for half of their time: three keep two idle cores busy.
-WORKERS ?= 2
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo lint check test install slurm clean
@@ -33,7 +31,7 @@ check: lint
 # A file's tests stay with one worker, for the servers that they share. Of 1,800 that start real processes on a machine
 # that may be five times slower than usual, one that fails is tried once more, and shown as RERUN: a fault to mend.
 test: $(INSTALLED) slurm
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 20 --reruns 1 -rfER
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20 --reruns 1 -rfER
 
 # tests/slurm runs jobs in a real SLURM, whose daemons it starts itself. Without root or apt those tests are skipped, and
 # say so; in CI they fail.
