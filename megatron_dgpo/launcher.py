@@ -66,6 +66,8 @@ def launch(arguments: list[str], config: Config, node: Node, world_size: int, ne
     servers: list[process.Child] = []
     ranks: list[process.Child] = []
     lock = contextlib.ExitStack()
+    # First: an interruption, which asks for it, may come from here on.
+    began_with = _newest_checkpoint(config)
     _handle_signals(ranks, gently=arguments[0] != "eval")
     try:
         # Kept by the ranks, too: they may outlive this process for a moment.
@@ -76,7 +78,6 @@ def launch(arguments: list[str], config: Config, node: Node, world_size: int, ne
             # Of a start with more ranks: in a job each start has a folder of its own.
             for stale in node.logs.glob("*.error"):
                 stale.unlink(missing_ok=True)
-        began_with = _newest_checkpoint(config)
         addresses = list(config.servers.addresses)
         if needs_servers and not addresses:
             servers, addresses = server.start(config, secret, node.logs)

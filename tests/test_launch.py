@@ -190,6 +190,22 @@ def test_a_node_ends_when_another_has_failed(started, tmp_path, monkeypatch, cap
     assert "another node of the job has failed" in capsys.readouterr().err
 
 
+def test_an_interruption_while_the_folder_is_waited_for(started, tmp_path, monkeypatch, capsys):
+    config = load_config(ROOT / "examples" / "arithmetic" / "config.yaml", [f"run.dir={tmp_path}"])
+    started.node = "10.0.0.1"
+    variables = {JOB: "7.0", INTERFACE: "ib0", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
+    node = Node.here(tmp_path, variables)
+    node.logs.mkdir(parents=True)
+
+    def interrupted(_):
+        (node.logs / "failed").touch()
+        raise launcher._Interrupted(signal.SIGINT)
+
+    monkeypatch.setattr(launcher, "run_lock", interrupted)
+    assert launcher.launch(["sft", "config.yaml"], config, node, 1, False) == 128 + signal.SIGINT
+    assert "another node of the job has failed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_gpu_has_one_process(started, tmp_path, name):
     config, nodes, rollout_nodes = recipe(name, tmp_path)
