@@ -36,8 +36,9 @@ class Pace:
         """Before the first step: whether the run was asked to stop."""
         return _any_rank(stop.pending())[0]
 
-    def after_step(self, step: int) -> tuple[bool, bool]:
-        """(whether the run stops, by a signal or for lack of time; whether it saves, as it does then)."""
+    def after_step(self, step: int, last: bool = False) -> tuple[bool, bool]:
+        """(whether the run stops before its end, by a signal or for lack of time; whether it saves, as it does then and
+        at its end). last: the step ends the run."""
         now = time.monotonic()
         self._longest_s = max(self._longest_s, now - self._looked)
         late = time.time() + _LONGER * self._longest_s + _ENDING_S > self._end
@@ -47,7 +48,7 @@ class Pace:
         saves = stops or due or step % self._settings.every == 0
         self._looked = now
         self._saved = now if saves else self._saved
-        return stops, saves
+        return stops and not last, saves or last
 
 
 def _any_rank(*mine: bool) -> list[bool]:

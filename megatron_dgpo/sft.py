@@ -46,10 +46,8 @@ def sft(config: Config) -> bool:
                 "rollout/tokens": result.metrics["tokens"],
             }
             session.log.write(progress.step, metrics)
-            last = progress.step == config.sft.steps
-            stops, saves = pace.after_step(progress.step)
-            stopped = stops and not last
-            if saves or last:
+            stopped, saves = pace.after_step(progress.step, last=progress.step == config.sft.steps)
+            if saves:
                 session.save(progress)
         if not stopped:
             session.export()

@@ -100,9 +100,8 @@ def train(config: Config) -> bool:
                     metrics |= evaluate(config, rollouts, held_out, progress)
             # Written before the checkpoint: a kill between the two repeats the step, and its row is replaced.
             log.write(step, metrics)
-            stops, saves = pace.after_step(step)
-            stopped = stops and not last
-            if saves or last:
+            stopped, saves = pace.after_step(step, last)
+            if saves:
                 rollouts.forget(session.save(progress))
         if not stopped:
             session.export()

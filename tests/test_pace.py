@@ -63,8 +63,9 @@ def asked_on_rank_1():
         signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
         while not stop.pending():
             time.sleep(0.01)
-    return before, found.stopped(), found.after_step(1)
+    return before, found.stopped(), found.after_step(1), found.after_step(2, last=True)
 
 
 def test_a_signal_to_one_rank_stops_all():
-    assert run_ranks(asked_on_rank_1, 2) == [(False, True, (True, True))] * 2
+    """But for a run that is at its end, which it saves without being asked."""
+    assert run_ranks(asked_on_rank_1, 2) == [(False, True, (True, True), (False, True))] * 2
