@@ -7,6 +7,7 @@ from html import escape
 from tools.comparison import charts
 from tools.comparison.intervals import Estimate
 from tools.comparison.report import ArmReport, Comparison, Difference, RunReport
+from tools.html_page import note, table
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -50,7 +51,7 @@ def page(comparison: Comparison) -> str:
 
 def _warnings(comparison: Comparison) -> str:
     if not comparison.warnings:
-        return _note("Nothing to warn of: arms differ in one stage at most, and no run has stopped early.")
+        return note("Nothing to warn of: arms differ in one stage at most, and no run has stopped early.")
     return f'<ul class="warnings">{"".join(f"<li>{escape(text)}</li>" for text in comparison.warnings)}</ul>'
 
 
@@ -61,7 +62,7 @@ def _values(comparison: Comparison) -> str:
     ]
     metric = comparison.metric
     header = ["arm", "runs", "last step", f"{metric} there", "evaluated steps", f"{metric}, mean over them"]
-    return _table(header, rows) + _note(
+    return table(header, rows) + note(
         "In brackets: 95 % intervals of Student's t over runs, for how much other seeds would change a mean. Steps are "
         "those that all runs of an arm have; the mean over them is the area under the curve."
     )
@@ -83,7 +84,7 @@ def _differences(comparison: Comparison) -> str:
     text += "An interval that holds 0 shows no difference, which is not to say that there is none."
     if len(rows) > 1:
         text += f" Each of the {len(rows)} arms has its own 95 %: nothing is corrected for their number."
-    return (_table(header, rows) if rows else "") + _note(text)
+    return (table(header, rows) if rows else "") + note(text)
 
 
 def _test(difference: Difference) -> str:
@@ -95,7 +96,7 @@ def _curves(comparison: Comparison) -> str:
     return (
         _legend(comparison)
         + charts.of_metric(comparison)
-        + _note(
+        + note(
             "Thick: mean of an arm's runs at the steps that all have, with the 95 % interval over runs; thin: single "
             "runs. An arm's mean stands at the mean tokens and hours of its runs at that step. Tokens: rollout/tokens "
             "and rollout/tokens_wasted; hours: time/step_s, without what was repeated after a kill."
@@ -114,13 +115,13 @@ def _legend(comparison: Comparison) -> str:
 def _settings(comparison: Comparison) -> str:
     names = [arm.name for arm in comparison.arms]
     rows = [[s.stage, s.name, *(", ".join(s.values[name]) for name in names)] for s in comparison.settings]
-    return _table(["stage", "setting", *names], rows) if rows else _note("None, but for run.dir and run.seed.")
+    return table(["stage", "setting", *names], rows) if rows else note("None, but for run.dir and run.seed.")
 
 
 def _runs(comparison: Comparison) -> str:
     rows = [_run(arm, run) for arm in comparison.arms for run in arm.runs]
     header = ["arm", "folder", "seed", "steps", "last value", "over problems", "mean value", "skipped", "not graded"]
-    return _table(header, rows) + _note(
+    return table(header, rows) + note(
         "Over problems: the mean over problems of the mean over each one's responses, and its 95 % interval, for how "
         "much other problems of the kind would change it; from the run's eval file of its arm's last step. Skipped: "
         "optimizer steps; not graded: responses whose grader failed."
@@ -139,7 +140,7 @@ def _run(arm: ArmReport, run: RunReport) -> list[str]:
 def _credit(comparison: Comparison) -> str:
     chart = charts.of_credit(comparison)
     if chart is None:
-        return _note("No run has credit/effective_share or credit/tau.")
+        return note("No run has credit/effective_share or credit/tau.")
     lacking = [
         f"{name}: {', '.join(arms)}"
         for name in comparison.arms[0].curves
@@ -148,14 +149,14 @@ def _credit(comparison: Comparison) -> str:
     return (
         _legend(comparison)
         + chart
-        + (_note(f"Not measured in all runs of these arms: {'; '.join(lacking)}.") if lacking else "")
+        + (note(f"Not measured in all runs of these arms: {'; '.join(lacking)}.") if lacking else "")
     )
 
 
 def _seconds(comparison: Comparison) -> str:
     phases = sorted({phase for arm in comparison.arms for phase in arm.seconds} - {"step"})
     rows = [[arm.name, *(_number(arm.seconds.get(phase)) for phase in ("step", *phases))] for arm in comparison.arms]
-    return _table(["arm", "whole step", *phases], rows) + _note("Means over steps, then over runs.")
+    return table(["arm", "whole step", *phases], rows) + note("Means over steps, then over runs.")
 
 
 def _number(value: float | None) -> str:
@@ -164,13 +165,3 @@ def _number(value: float | None) -> str:
 
 def _estimate(value: Estimate | None) -> str:
     return _NONE if value is None else str(value)
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in header) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-    return "<table>\n" + "\n".join(lines) + "\n</table>\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tools.credit.measures import DECILES, SHARE
+from tools.html_page import note, table
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -67,7 +68,7 @@ def report(found: dict) -> str:
     ]
     if last["kappas"]:
         parts += ["<h2>Effective share and concentration against temperature</h2>", _temperatures(found)]
-        parts += [_note("Thin line: E = 0.8, with a dot at the τ that gives it. Dashed: the run's own τ.")]
+        parts += [note("Thin line: E = 0.8, with a dot at the τ that gives it. Dashed: the run's own τ.")]
     parts += ["<h2>Drift over steps</h2>", _drift(found), _steps(found)]
     parts += [f"<h2>Rules at step {last['step']}</h2>", _rules(last), _alike_and_positions(last)]
     parts += [f"<h2>Tokens at step {last['step']}</h2>", _tokens(found)]
@@ -193,7 +194,7 @@ def _steps(found: dict) -> str:
             + [len(groups["right"]), len(groups["wrong"])]
         )
     names = ["step", "responses", "tokens", "accuracy", "groups", "dropped", "all right", "others"]
-    return _note("Dropped: groups whose rewards are all equal, which rollout.dynamic_sampling leaves out.") + _table(
+    return note("Dropped: groups whose rewards are all equal, which rollout.dynamic_sampling leaves out.") + table(
         names, lines
     )
 
@@ -205,7 +206,7 @@ def _rules(step: dict) -> str:
         values = [rule[value] for value in ("effective_share", "max_weight", "top1_share", "top10_share")]
         lines.append([name, *map(_shown, [*values, *sides])])
     names = ["rule", "E", "max w", "top 1 %", "top 10 %", "E, right", "E, wrong", "max w, right", "max w, wrong"]
-    return _note("Means over responses; right are those with a reward of 1 or more.") + _table(names, lines)
+    return note("Means over responses; right are those with a reward of 1 or more.") + table(names, lines)
 
 
 _SIDES = ("right", "wrong")
@@ -226,22 +227,8 @@ def _tokens(found: dict) -> str:
         for row in rules[name]["by_token"]
     ]
     names = ["token", "count", "share of tokens", "share of credit", "mean w"]
-    note = _note(f"The {len(lines)} that gain most over uniform credit, by {name}.")
-    return note + _table(names, lines, plain=False)
-
-
-def _table(names: Sequence[str], lines: Iterable[Sequence], plain: bool = True) -> str:
-    """plain: cells are text."""
-
-    def row(cells: Iterable, kind: str) -> str:
-        texts = (html.escape(str(cell)) if plain or kind == "th" else str(cell) for cell in cells)
-        return "<tr>" + "".join(f"<{kind}>{text}</{kind}>" for text in texts) + "</tr>"
-
-    return "<table>" + row(names, "th") + "\n".join(row(line, "td") for line in lines) + "</table>"
-
-
-def _note(text: str) -> str:
-    return f"<p>{html.escape(text)}</p>"
+    introduction = note(f"The {len(lines)} that gain most over uniform credit, by {name}.")
+    return introduction + table(names, lines, plain=False)
 
 
 def _shown(value: float | None) -> str:
