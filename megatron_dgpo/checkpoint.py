@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
 )
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -67,48 +68,83 @@ _NOT_SETTINGS = ("params", "step")
 logger = logging.getLogger(__name__)
 
 
-def save(
+class Writing:
+    """A checkpoint under way, as `begin` returns it. Its methods are collective over all ranks."""
+
+    def __init__(self, folder: Path, step: int, settings: Checkpoint, manifest: dict) -> None:
+        self._folder, self._settings, self._manifest = folder, settings, manifest
+        self.path = checkpoint_of(folder, step)
+        self._leads = dist.get_rank() == 0
+        self._queue = AsyncCallsQueue()
+        self._block = contextlib.ExitStack()
+        from_rank_0(lambda: _check_room(folder))
+        target = complete_folder(self.path) if self._leads else contextlib.nullcontext(partial_folder(self.path))
+        self._partial = self._block.enter_context(target)
+        dist.barrier()
+
+    def start(self, state: dict) -> None:
+        """The tensors may change when it returns: a process of its own writes them, from a copy (on a CPU, its own
+        memory as it is forked)."""
+        strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), copies_group())
+        request = dist_checkpointing.save(state, str(self._partial), strategy, async_sharded_save=True)
+        if self._settings.asynchronous:
+            self._queue.schedule_async_request(request)
+        else:
+            request.execute_sync()
+
+    def is_complete(self, wait: bool) -> bool:
+        """Whether it is at `path`, where it comes as soon as all ranks have written; `wait`: until then. Raises what
+        failed in the writing. What `settings` do not keep goes."""
+        self._queue.maybe_finalize_async_calls(blocking=wait)
+        if self._queue.get_num_unfinalized_calls():
+            return False
+        checksums = _checksums(self._partial)
+        if self._leads:
+            (self._partial / MANIFEST).write_text(json.dumps(self._manifest | {"files": checksums}, indent=1))
+            self._block.close()
+            for old in candidates(self._folder)[self._settings.keep :]:
+                if not (self._settings.keep_every and step_of(old) % self._settings.keep_every == 0):
+                    shutil.rmtree(old)
+        dist.barrier()
+        return True
+
+
+def begin(
     folder: Path,
     policy: Policy,
     architecture: Architecture,
     progress: Progress,
     settings: Checkpoint,
     origins: Origins | None = None,
-) -> Path:
-    """Write `folder/step_N` and drop what `settings` do not keep. Collective over all ranks; returns its path.
+) -> Writing:
+    """Begin to write `folder/step_N`. Collective over all ranks.
 
-    Replicas share the writing of what they all hold; who has written much of the optimizer writes less of the weights.
+    With `settings.asynchronous` training may go on meanwhile. Replicas share the writing of what they all hold; who has
+    written much of the optimizer writes less of the weights.
 
     origins: of the run, which what continues it is compared with. Raises UsageError, and writes nothing, where the disk
     has no room for what the last checkpoint took.
     """
-    target = checkpoint_of(folder, progress.step)
-    leads = dist.get_rank() == 0
-    from_rank_0(lambda: _check_room(folder))
-    with complete_folder(target) if leads else contextlib.nullcontext(partial_folder(target)) as partial:
-        dist.barrier()
-        state = _model_state(policy)
-        state["optimizer"] = policy.optimizer.sharded_state_dict(state, metadata=_METADATA)
-        state["scheduler"] = policy.scheduler.state_dict()
-        state["rng"] = _sharded_rng(_rng_state())
-        strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), copies_group())
-        dist_checkpointing.save(state, str(partial), strategy)
-        checksums = _checksums(partial)
-        if leads:
-            manifest = {
-                "progress": dataclasses.asdict(progress),
-                "architecture": dataclasses.asdict(architecture),
-                "layout": dataclasses.asdict(policy.layout),
-                "origins": origins or {},
-                "files": checksums,
-            }
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    if leads:
-        for old in candidates(folder)[settings.keep :]:
-            if not (settings.keep_every and step_of(old) % settings.keep_every == 0):
-                shutil.rmtree(old)
-    dist.barrier()
-    return target
+    manifest = {
+        "progress": dataclasses.asdict(progress),
+        "architecture": dataclasses.asdict(architecture),
+        "layout": dataclasses.asdict(policy.layout),
+        "origins": origins or {},
+    }
+    writing = Writing(folder, progress.step, settings, manifest)
+    state = _model_state(policy)
+    state["optimizer"] = policy.optimizer.sharded_state_dict(state, metadata=_METADATA)
+    state["scheduler"] = policy.scheduler.state_dict()
+    state["rng"] = _sharded_rng(_rng_state())
+    writing.start(state)
+    return writing
+
+
+def save(*of_what, **origins) -> Path:
+    """`begin` with these, and wait until the checkpoint is complete; returns its path."""
+    writing = begin(*of_what, **origins)
+    writing.is_complete(wait=True)
+    return writing.path
 
 
 def _check_room(folder: Path) -> None:

@@ -10,14 +10,17 @@ import os
 import signal
 import sys
 import textwrap
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_dgpo import legality, process, sbatch, stop
 from megatron_dgpo.cluster import Node, torchrun_environment
 from megatron_dgpo.config import Config, config_text, load_config
+from megatron_dgpo.data import check_file
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.settings_table import settings_of
+from megatron_dgpo.weights.architectures import read_architecture
 
 _WIDTH = 100
 _COMMANDS = {
@@ -140,6 +143,8 @@ def _launch(options: argparse.Namespace, config: Config) -> int:
 def _run(options: argparse.Namespace, config: Config, arguments: list[str]) -> int:
     if options.command == "launch":
         return _launch(options, config)
+    with _refusals_told(options.config):
+        _check_names(options.command, config)
     from megatron_dgpo import launcher, machine
 
     machine.choose_device()
@@ -161,15 +166,35 @@ def _run(options: argparse.Namespace, config: Config, arguments: list[str]) -> i
     return launcher.launch(arguments, config, node, world_size, needs_servers)
 
 
+def _check_names(command: str, config: Config) -> None:
+    """Of models and files, which are mistyped most often: told before imports that take seconds."""
+    for model in filter(None, (config.model.path, config.model.reference)):
+        read_architecture(model)
+    files = {
+        "sft": [("sft.data", config.sft.data)],
+        "train": [("data.train", config.data.train), *(("data.eval", file) for file in config.data.eval)],
+        "eval": [("data.eval", file) for file in config.data.eval],
+    }
+    for setting, file in files.get(command, []):
+        if file:
+            check_file(file, setting)
+
+
 def _check(options: argparse.Namespace, config: Config, world_size: int, local_size: int) -> None:
     from megatron_dgpo.preflight import check
 
     checkpoint, from_model = getattr(options, "checkpoint", None), bool(getattr(options, "model", 0))
-    try:
+    with _refusals_told(options.config):
         check(options.command, config, world_size, local_size, checkpoint, from_model)
+
+
+@contextlib.contextmanager
+def _refusals_told(config: Path) -> Iterator[None]:
+    """A folder that may not be entered, a name too long: whichever file it was, the system says why."""
+    try:
+        yield
     except OSError as error:
-        # A folder that may not be entered, a name too long: whichever file it was, the system says why.
-        raise UsageError(f"{error.filename or options.config}: {error.strerror or error}") from None
+        raise UsageError(f"{error.filename or config}: {error.strerror or error}") from None
 
 
 def _say_device(

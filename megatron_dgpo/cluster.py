@@ -27,6 +27,8 @@ JOB = "MEGATRON_DGPO_JOB"
 """JOB.RESTART, set by the sbatch files: this process is a node's launcher."""
 ROLLOUT_NODES = "MEGATRON_DGPO_ROLLOUT_NODES"
 """Nodes of the job that run vLLM servers only; 0: the trainer's node starts its own."""
+FAILED_NODES = "MEGATRON_DGPO_FAILED_NODES"
+"""A file for the names of nodes that failed, set by the sbatch files: a job that begins again avoids them."""
 INTERFACE = "MEGATRON_DGPO_INTERFACE"
 """Network interface to listen on, such as ib0; default: the one through which this node reaches the job's first."""
 
@@ -111,6 +113,13 @@ class Node:
         except FileExistsError:
             return False
         return True
+
+
+def note_failed_node(variables: Mapping[str, str] = os.environ) -> None:
+    """This one, in a job that may begin again on others."""
+    if FAILED_NODES in variables:
+        with contextlib.suppress(OSError), open(variables[FAILED_NODES], "a") as file:
+            file.write(f"{variables['SLURMD_NODENAME']}\n")
 
 
 def torchrun_environment(variables: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -387,6 +387,9 @@ class Checkpoint(Section):
     """Newest checkpoints kept."""
     keep_every: Count | None = None
     """Checkpoints of every so many steps, a multiple of `every`, are kept for good; null: of none."""
+    asynchronous: bool = False
+    """Training goes on while a process beside each rank writes a copy of what the rank holds, in host memory. Until all
+    have, a run that is killed goes on from the checkpoint before."""
 
 
 class Eval(Section):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import itertools
 import json
 import math
@@ -11,11 +10,15 @@ import os
 import sys
 from hashlib import blake2b
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError, shown
-from megatron_dgpo.micro_batch import TrainingSequence
 from megatron_dgpo.rollout.response import Prompt
+
+if TYPE_CHECKING:
+    # Imports PyTorch, for which whoever mistyped a file's name need not wait.
+    from megatron_dgpo.micro_batch import TrainingSequence
 
 _MOST_LEVELS = 100
 """Of lists and objects in a row. Graders get rows pickled, and pickle ends at about 500."""
@@ -84,6 +87,8 @@ def load_solutions(config: Config, tokenizer) -> list[TrainingSequence]:
 
     Raises UsageError as `load_prompts` does.
     """
+    from megatron_dgpo.micro_batch import TrainingSequence
+
     if config.sft.data is None:
         raise UsageError("sft.data is missing: give a JSONL or Parquet file with prompts and solutions")
     rows = _rows(config.sft.data, "sft.data")
@@ -199,16 +204,23 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
-def _rows(path: Path, setting: str) -> list[tuple[str, dict]]:
-    """(file:line, row) of every row."""
+def check_file(path: Path, setting: str) -> None:
+    """Raises UsageError where there is no such file, and names one that may have been meant."""
     try:
         if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        rows = _parquet_rows(path, setting) if path.suffix == ".parquet" else _jsonl_rows(path)
+            raise UsageError(f"{setting}={path} is a folder{_nearest(path)}")
+        path.stat()
     except FileNotFoundError:
         raise UsageError(f"{setting}={path} does not exist{_nearest(path)}") from None
-    except IsADirectoryError:
-        raise UsageError(f"{setting}={path} is a folder{_nearest(path)}") from None
+    except OSError as error:
+        raise UsageError(f"{setting}={path} cannot be read: {error.strerror or error}") from None
+
+
+def _rows(path: Path, setting: str) -> list[tuple[str, dict]]:
+    """(file:line, row) of every row."""
+    check_file(path, setting)
+    try:
+        rows = _parquet_rows(path, setting) if path.suffix == ".parquet" else _jsonl_rows(path)
     except OSError as error:
         raise UsageError(f"{setting}={path} cannot be read: {error.strerror or error}") from None
     if not rows:

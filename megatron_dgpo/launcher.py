@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from megatron_dgpo import legality, process, stop
-from megatron_dgpo.cluster import Node
+from megatron_dgpo.cluster import Node, note_failed_node
 from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.layout import Layout
@@ -243,8 +243,9 @@ def _report(
 ) -> None:
     """Show the first failure, and the servers that ended beside it: a rank often fails because its server did.
 
-    Of a job's nodes only the first to fail shows its output; what follows elsewhere is named. running: ranks whose
-    stacks were written; if the one that failed waited too long, it was for those of them that told no error.
+    Of a job's nodes only the first to fail shows its output, and is noted as one to avoid; what follows elsewhere is
+    named. running: ranks whose stacks were written; if the one that failed waited too long, it was for those of them
+    that told no error.
     """
     time.sleep(1)
     told = [file.stat().st_mtime for file in node.logs.glob(f"*{failed.error_file.suffix}")]
@@ -260,6 +261,8 @@ def _report(
         for rank in (rank for rank in running if not rank.error_file.exists()):
             state = "which a signal has stopped" if rank.stopped else f"whose stacks are at the end of {rank.log}"
             print(f"{failed.name} waited for {rank.name}, {state}", file=sys.stderr, flush=True)
+    elif in_full:
+        note_failed_node()
     total, _, free = shutil.disk_usage(node.logs)
     if total and free < _FULL_BYTES:
         # Then the logs do not tell.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import socket
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -57,7 +58,8 @@ def time_limits(config: Config) -> tuple[timedelta, timedelta]:
 def world(config: Config) -> Iterator[None]:
     """This rank has its device and has met the others, and nothing of the trainer is on any GPU yet."""
     device.init_device()
-    dist.init_process_group(device.backend(), timeout=time_limits(config)[1])
+    limit = time_limits(config)[1]
+    dist.init_process_group(device.backend(), timeout=limit, **_meeting_place(limit))
     try:
         yield
     except Exception as error:
@@ -67,6 +69,18 @@ def world(config: Config) -> Iterator[None]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _meeting_place(limit: timedelta) -> dict:
+    """`init_process_group`'s way to the other ranks: a store that rank 0 keeps, which listens only where the launcher
+    tells them to look for it. torchrun has its own; PyTorch's would listen on every interface."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return {}
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    listener = socket.create_server((host, port)).detach() if rank == 0 else None
+    store = dist.TCPStore(host, port, size, rank == 0, timeout=limit, master_listen_fd=listener)
+    return {"store": store, "rank": rank, "world_size": size}
 
 
 class TrainingStopped(RuntimeError):
@@ -95,6 +109,7 @@ class Session(contextlib.ExitStack):
             config.run.dir.mkdir(parents=True, exist_ok=True)
             replace_text(config.run.dir / "config.yaml", config_text(config))
         self._checkpoints = config.run.dir / "checkpoints"
+        self._writing: checkpoint.Writing | None = None
         self._skipped_in_a_row = 0
 
     # Checkpoints
@@ -120,17 +135,30 @@ class Session(contextlib.ExitStack):
                 self.log.warn(f"resumed at step {progress.step} with other settings: {', '.join(changed)}")
         return progress
 
-    def save(self, progress: Progress) -> Progress:
-        """A checkpoint of the step that the log has got last, whose row gets its seconds and size; returns where the
-        oldest stands that the run may go on from."""
-        settings = self.config.checkpoint
+    def save(self, progress: Progress) -> None:
+        """Begin a checkpoint of the step that the log has got last, when the one before it is complete."""
         with self.log.phase("checkpoint"):
-            path = checkpoint.save(self._checkpoints, self.policy, self.architecture, progress, settings, self._origins)
-        size, oldest = from_rank_0(
-            lambda: (total_bytes(read_manifest(path)), oldest_progress(self._checkpoints, settings.keep))
-        )
+            self.completed(wait=True)
+            self._writing = checkpoint.begin(
+                self._checkpoints, self.policy, self.architecture, progress, self.config.checkpoint, self._origins
+            )
+        if self.config.checkpoint.asynchronous:
+            self.log.saved({})
+
+    def completed(self, wait: bool) -> Progress | None:
+        """Where the oldest checkpoint stands that the run may go on from, if the one under way has become complete, and
+        None otherwise; `wait`, or without checkpoint.asynchronous: until it has. The step that the log has got last
+        gets its size."""
+        if self._writing is None:
+            return None
+        with self.log.phase("checkpoint"):
+            if not self._writing.is_complete(wait or not self.config.checkpoint.asynchronous):
+                return None
+            path, self._writing = self._writing.path, None
+        keep = self.config.checkpoint.keep
+        size, oldest = from_rank_0(lambda: (total_bytes(read_manifest(path)), oldest_progress(self._checkpoints, keep)))
         self.log.saved({"memory/checkpoint_gib": size / 2**30})
-        return oldest or progress
+        return oldest
 
     def export(self) -> Path:
         """Write the policy as a Hugging Face directory, `run.dir/hf`."""

@@ -46,9 +46,11 @@ def sft(config: Config) -> bool:
                 "rollout/tokens": result.metrics["tokens"],
             }
             session.log.write(progress.step, metrics)
-            stopped, saves = pace.after_step(progress.step, last=progress.step == config.sft.steps)
+            last = progress.step == config.sft.steps
+            stopped, saves = pace.after_step(progress.step, last)
             if saves:
                 session.save(progress)
+            session.completed(wait=stopped or last)
         if not stopped:
             session.export()
         return not stopped

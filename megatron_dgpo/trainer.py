@@ -102,7 +102,9 @@ def train(config: Config) -> bool:
             log.write(step, metrics)
             stopped, saves = pace.after_step(step, last)
             if saves:
-                rollouts.forget(session.save(progress))
+                session.save(progress)
+            if oldest := session.completed(wait=stopped or last):
+                rollouts.forget(oldest)
         if not stopped:
             session.export()
         return not stopped

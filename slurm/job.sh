@@ -21,6 +21,23 @@ end=$(SLURM_TIME_FORMAT=standard squeue --noheader --job="${own:-$SLURM_JOB_ID}"
 MEGATRON_DGPO_JOB_END=${end:+$(date -d "$end" +%s 2>/dev/null)}
 export MEGATRON_DGPO_JOB_END
 
+# Where a node notes that it was the first to fail.
+export MEGATRON_DGPO_FAILED_NODES=$PWD/slurm-$SLURM_JOB_ID.failed
+# A job that was just requeued is pending, so that its nodes can be chosen: without those that failed, if the partition
+# has enough others. Not those of a heterogeneous job, whose components are each a job to SLURM.
+avoid_failed_nodes() {
+    [[ -s $MEGATRON_DGPO_FAILED_NODES && -z ${SLURM_HET_SIZE:-} ]] || return 0
+    local failed up before
+    failed=$(sort -u "$MEGATRON_DGPO_FAILED_NODES")
+    up=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --states=idle,alloc,mix,comp --format=%N | sort -u)
+    before=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -o 'ExcNodeList=[^ ]*' | grep -v '(null)')
+    up=$(comm -23 <(echo "$up") <(echo "$failed") | wc -l)
+    ((up >= SLURM_JOB_NUM_NODES)) || return 0
+    echo "job $SLURM_JOB_ID avoids what failed: ${failed//$'\n'/,}"
+    before=${before#ExcNodeList=}
+    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${failed//$'\n'/,}${before:+,$before}"
+}
+
 steps=()
 # step SRUN_OPTION... COMMAND CONFIG OVERRIDE...: `megatron-dgpo COMMAND CONFIG OVERRIDE...` in the background, with %a
 # replaced by the job's index in its array. When one node's launcher has ended the others get 15 seconds; not
@@ -55,6 +72,8 @@ watch() {
     if [[ ($status == 75 || $status == 76) && -z $cancelled ]]; then
         echo "job $SLURM_JOB_ID is requeued and continues the run"
         scontrol requeue "$SLURM_JOB_ID"
+        avoid_failed_nodes
     fi
+    rm -f "$MEGATRON_DGPO_FAILED_NODES"
     exit "$status"
 }

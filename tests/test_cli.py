@@ -439,3 +439,31 @@ def test_what_is_missing_is_named_alone(capsys):
     with pytest.raises(SystemExit):
         main(["train"])
     assert capsys.readouterr().err.endswith("the following arguments are required: config\n")
+
+
+_WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None  # importing it fails
+from megatron_dgpo.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "typed, told",
+    [
+        ("optimizer.lrr=1", "unknown setting 'optimizer.lrr'"),
+        ("model.path=/no/model", "model directory /no/model does not exist"),
+        ("model.reference=/no/model", "model directory /no/model does not exist"),
+        ("data.train=/no/file", "data.train=/no/file does not exist"),
+        ("data.eval=[/no/file]", "data.eval=/no/file does not exist"),
+    ],
+)
+def test_mistyped_names_are_told_before_anything_heavy_is_imported(model, tmp_path, typed, told):
+    data = tmp_path / "problems.jsonl"
+    data.write_text('{"question": "1+1", "answer": "2"}\n')
+    config = tmp_path / "config.yaml"
+    config.write_text(f"model:\n  path: {model}\ndata:\n  train: {data}\n")
+    command = [sys.executable, "-c", _WITHOUT_TORCH, "train", str(config), typed]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and told in done.stderr, done.stderr

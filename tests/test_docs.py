@@ -16,6 +16,7 @@ PAGES = [
     "docs/method.md",
     "docs/settings.md",
     "docs/metrics.md",
+    "docs/your_own.md",
 ]
 _NAME = re.compile(r"`([\w/.]+\.py):(\w+(?:\.\w+)?)`")
 _LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")

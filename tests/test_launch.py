@@ -439,6 +439,27 @@ def two_ranks(folder: Path, program: str) -> list[process.Child]:
     return ranks
 
 
+def test_ranks_meet_where_the_launcher_says_and_nowhere_else(tmp_path):
+    program = """
+import os, psutil
+import torch.distributed as dist
+from megatron_dgpo.session import world
+from tests.layouts import make_config
+with world(make_config("unused")):
+    dist.barrier()
+    if os.environ["RANK"] == "0":
+        own = psutil.Process().net_connections("tcp")
+        print(*{c.laddr.ip for c in own if c.status == "LISTEN" and c.laddr.port == int(os.environ["MASTER_PORT"])})
+    dist.barrier()
+"""
+    ranks = two_ranks(tmp_path, program)
+    try:
+        assert process.supervise(ranks, []) is None
+        assert ranks[0].log.read_text().splitlines()[-1] == "127.0.0.1"
+    finally:
+        process.stop(ranks)
+
+
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_the_culprit_is_named_though_it_ends_after_its_victim(tmp_path, capfd, culprit):
     ranks = two_ranks(tmp_path, _TWO_RANKS.format(culprit=culprit))

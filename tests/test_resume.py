@@ -122,7 +122,9 @@ RESUMED = {
 @pytest.mark.parametrize("layout", RESUMED)
 def test_resumed_run_is_bit_identical(recorded, tmp_path, layout):
     model, parallel = RESUMED[layout]
-    whole = write_config(recorded, tmp_path / "whole", parallel, model={"path": str(recorded / model)})
+    # Written while the next step is made, or before it.
+    sections = {"model": {"path": str(recorded / model)}, "checkpoint": {"asynchronous": "pp2" in layout}}
+    whole = write_config(recorded, tmp_path / "whole", parallel, **sections)
     run(whole)
     assert [path.name for path in candidates(tmp_path / "whole" / "checkpoints")] == ["step_00000004", "step_00000003"]
 

@@ -1,9 +1,11 @@
 """What ranks agree on at the start, and what a resumed run takes from where; without a server."""
 
 import copy
+import functools
 import http.server
 import json
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -201,6 +203,42 @@ def test_replicas_share_the_writing_of_a_checkpoint(model, tmp_path, distributed
     [(found, next_found)] = run_ranks(loaded, 1, model, tmp_path, parallel)
     assert torch.equal(found, weights)
     torch.testing.assert_close(next_found, later, rtol=1e-5, atol=1e-5)
+
+
+def saved_while_training(model_dir, folder, parallel):
+    """(what there was of the checkpoint while its writer waited, the weights when it began, and after another step)."""
+    from megatron_dgpo import checkpoint
+    from megatron_dgpo.manifest import Progress
+
+    def waiting(write, *arguments):
+        while not (folder / "go").exists():
+            time.sleep(0.01)
+        write(*arguments)
+
+    def save(*arguments, **named):
+        request = original(*arguments, **named)
+        return request._replace(async_fn=functools.partial(waiting, request.async_fn))
+
+    original, checkpoint.dist_checkpointing.save = checkpoint.dist_checkpointing.save, save
+    _, architecture, policy, batches, loss = build(model_dir, parallel)
+    policy.step(batches(2), loss)
+    before = flat_weights(policy)
+    writing = checkpoint.begin(folder, policy, architecture, Progress(1), Checkpoint(asynchronous=True))
+    policy.step(batches(2), loss)
+    early = writing.is_complete(wait=False), writing.path.exists()
+    (folder / "go").touch()
+    assert writing.is_complete(wait=True) and writing.path.exists()
+    return early, before, flat_weights(policy)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(model, tmp_path):
+    parallel = {"data": 2, "distributed_optimizer": True}
+    for early, weights, later in run_ranks(saved_while_training, 2, model, tmp_path, parallel):
+        assert early == (False, False)
+        assert not torch.equal(weights, later)
+    for found, next_found in run_ranks(loaded, 2, model, tmp_path, parallel):
+        assert torch.equal(found, weights)
+        assert torch.equal(next_found, later)
 
 
 def saved_on_a_full_disk(model_dir, folder):

@@ -73,6 +73,9 @@ def catalogue() -> list[Check]:
     for ranks in (2, 4):
         for family in SPLIT_FAMILIES:
             checks.append(Check(f"model {family} on {ranks} ranks", models + "model", (family, "auto"), 180, ranks))
+    for family in SPLIT_FAMILIES:
+        name = f"model {family} on 2 context-parallel ranks"
+        checks.append(Check(name, models + "model", (family, "auto", "2"), 180, 2))
     checks.append(Check("resume", commands + "resume", limit_s=240))
     vllm = dict(limit_s=400, needs=("vllm",))
     for name, transport, sleep, where in (

@@ -209,6 +209,23 @@ def test_a_killed_rank(slurm, arithmetic, tmp_path):
     assert "Traceback" not in job.text()
 
 
+def test_a_job_that_failed_begins_again_elsewhere_and_only_so_often(slurm, arithmetic, tmp_path):
+    job = Job(slurm, arithmetic, tmp_path, "run.steps=100000", "run.restarts=1", "checkpoint.every=1")
+    job.submit("--time=20", "--exclude=third", file="slurm/shared.sbatch")
+    for start, node in enumerate(("first", "second")):
+        job.wait(lambda start=start: slurm.job(job.number)["Restarts"] == str(start), f"start {start}")
+        before = max((row["step"] for row in job.rows), default=0) if start else 0
+        job.wait(lambda before=before: job.rows[-1]["step"] > before + 1, "step")
+        assert slurm.job(job.number)["NodeList"] == node
+        os.kill(job.processes("megatron_dgpo", RANK="0")[0], signal.SIGKILL)
+    job.wait_for_end("FAILED", END_S)
+    assert job.text().count("rank 0 ended (SIGKILL)") == 2
+    assert f"job {job.number} avoids what failed: first" in job.text()
+    assert slurm.job(job.number)["ExcNodeList"] == "first,third"
+    assert [row["step"] for row in job.rows] == list(range(len(job.rows)))
+    assert not list(ROOT.glob(f"slurm-{job.number}.*"))
+
+
 def test_one_node_trains_and_is_evaluated(slurm, arithmetic, tmp_path):
     job = Job(slurm, arithmetic, tmp_path, "run.steps=2")
     job.submit("--wait", file="slurm/shared.sbatch")

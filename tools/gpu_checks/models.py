@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
-from megatron_dgpo.algorithm.objective import Objective
+from megatron_dgpo.algorithm.objective import Objective, of_whole_responses
 from megatron_dgpo.config import Config
 from megatron_dgpo.micro_batch import MicroBatch, TrainingSequence
 from megatron_dgpo.model.collectives import broadcast_from_last_stage
 from megatron_dgpo.model.layer_specs import uses_transformer_engine
 from megatron_dgpo.model.packed import pack_micro_batches
-from megatron_dgpo.model.parallel import tensor_group
+from megatron_dgpo.model.parallel import context_group, tensor_group
 from megatron_dgpo.model.reference import Reference
 from megatron_dgpo.session import Session, world
 from megatron_dgpo.statistics import token_statistics
@@ -43,7 +43,8 @@ LOGPROB_BOUNDS = {"float32": 1e-4, "tf32": 0.05}
 Row = tuple[list[int], list[int], float, None]
 
 
-def model(task: Task, family: str, layer_spec: str) -> Iterator[Line]:
+def model(task: Task, family: str, layer_spec: str, context: str = "1") -> Iterator[Line]:
+    layout = {"context": int(context)} if context != "1" else LAYOUTS[task.ranks]
     for dtype in ("float32", "bfloat16") if task.on_gpu else ("float32",):
         # A folder for each rank: they make the same models without waiting for each other.
         folder = task.folder / f"{dtype}_{os.environ['RANK']}"
@@ -51,7 +52,7 @@ def model(task: Task, family: str, layer_spec: str) -> Iterator[Line]:
             make_tiny_model(folder / name, family, vocab_size=VOCAB, dtype=getattr(torch, dtype), seed=seed)
             for seed, name in enumerate(("policy", "reference"))
         )
-        config = _config(folder, policy, reference, layer_spec, dtype, LAYOUTS[task.ranks])
+        config = _config(folder, policy, reference, layer_spec, dtype, layout)
         try:
             yield from _compared(config, family)
         except Exception:
@@ -112,14 +113,15 @@ def _logprobs(session: Session, products: str) -> Line:
     """Of float64 transformers with the same weights; in bfloat16 compared with how far transformers' own is."""
 
     def logprobs(batch, hidden_states, head_weight):
-        return token_statistics(
+        own = token_statistics(
             hidden_states,
             head_weight,
             batch.targets,
             temperature=TEMPERATURE,
             vocab_size=VOCAB,
             tp_group=tensor_group(),
-        ).logprobs.tolist()
+        )
+        return of_whole_responses(own.logprobs, batch, context_group()).tolist()
 
     parts = broadcast_from_last_stage(session.policy.forward(_micro_batches(session), logprobs))
     found = torch.tensor([value for part in parts for value in part], dtype=torch.float64)
@@ -154,7 +156,7 @@ def _step(session: Session, products: str) -> Line:
     config = session.config
     reference = Reference(config, session.architecture)
     micro_batches = reference.attach(_micro_batches(session))
-    objective = Objective(config, VOCAB, reference.head_weight, tensor_group())
+    objective = Objective(config, VOCAB, reference.head_weight, tensor_group(), context_group())
     result = session.policy.step(micro_batches, objective)
     oracle = dense_step(config.model.path, config.model.reference, _rows(), config.algorithm, TEMPERATURE, VOCAB)
     errors = {
