@@ -170,14 +170,12 @@ def _check_names(command: str, config: Config) -> None:
     """Of models and files, which are mistyped most often: told before imports that take seconds."""
     for model in filter(None, (config.model.path, config.model.reference)):
         read_architecture(model)
-    files = {
-        "sft": [("sft.data", config.sft.data)],
-        "train": [("data.train", config.data.train), *(("data.eval", file) for file in config.data.eval)],
-        "eval": [("data.eval", file) for file in config.data.eval],
-    }
-    for setting, file in files.get(command, []):
-        if file:
-            check_file(file, setting)
+    if command == "sft" and config.sft.data:
+        check_file(config.sft.data, "sft.data")
+    if command == "train":
+        check_file(config.data.train, "data.train")
+    for file in config.data.eval if command in ("train", "eval") else ():
+        check_file(file, "data.eval")
 
 
 def _check(options: argparse.Namespace, config: Config, world_size: int, local_size: int) -> None:

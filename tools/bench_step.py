@@ -1,11 +1,12 @@
-"""What DGPO adds to a training step over GRPO with the same reference pass (paper: 3.6 %).
+"""What each rule of credit adds to a training step over GRPO with the same reference pass (paper, of DGPO: 3.6 %).
 
     python tools/bench_step.py --json benchmarks/step.json
 
 One step is: reference hidden states, policy forward and backward over micro-batches, optimizer. GRPO's here computes
-log π(a) and H(π) of the policy and log ρ(a) of the reference, as for its KL term; DGPO's computes H² beside them in the
-same pass, and credit weights. Rollouts, which cost both the same, are left out: the share of a whole step is smaller.
-The two take turns on the same random responses; each one's fastest round counts.
+log π(a) and H(π) of the policy and log ρ(a) of the reference, as for its KL term; the rules' compute the deviation
+beside them in the same pass (FIPO's, which would need no reference, too), and credit weights. Rollouts, which cost all
+the same, are left out: the share of a whole step is smaller. All take turns on the same random responses; each one's
+fastest round counts.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import statistics
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -36,6 +39,16 @@ from megatron_dgpo.statistics import token_statistics
 from megatron_dgpo.weights.architectures import read_architecture
 
 _COLUMNS = 4096
+
+BASELINE = "GRPO"
+RULES = {
+    "DGPO": {"tau": 0.02},
+    "DGPO, effective share": {"tau_mode": "effective_share"},
+    "DGPO, alpha 0.3": {"tau": 0.02, "deviation": "alpha", "deviation_alpha": 0.3},
+    "DGPO, KL": {"tau": 0.02, "deviation": "kl"},
+    "DGPO, largest entropy": {"tau": 0.02, "entropy_norm": "response_max"},
+    "FIPO": {"credit": "future_kl"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +91,10 @@ def reference_logprobs(hidden: torch.Tensor, head: torch.Tensor, targets: torch.
 
 def grpo_loss(reference: Reference, config: Config, vocab_size: int):
     def loss(batch, hidden_states, head_weight):
-        statistics = token_statistics(hidden_states, head_weight, batch.targets, temperature=1.0, vocab_size=vocab_size)
+        found = token_statistics(hidden_states, head_weight, batch.targets, temperature=1.0, vocab_size=vocab_size)
         with torch.no_grad():
             reference_logprobs(batch.reference_states, reference.head_weight, batch.targets)
-        weights = torch.ones_like(statistics.logprobs)
-        signal = Signal(statistics, statistics.logprobs.detach(), weights)
+        signal = Signal(found, found.logprobs.detach(), torch.ones_like(found.logprobs))
         return policy_objective(signal, batch, resolved_algorithm(config))
 
     return loss
@@ -97,7 +109,6 @@ def measure(name: str, case: Case, folder: Path, rounds: int) -> dict:
         {
             "model": {"path": folder / name, "dtype": "bfloat16" if torch.cuda.is_available() else "float32"},
             "data": {"train": "none"},
-            "algorithm": {"tau": 0.02},
         }
     )
     architecture = read_architecture(config.model.path)
@@ -111,33 +122,37 @@ def measure(name: str, case: Case, folder: Path, rounds: int) -> dict:
     ]
     parts = [sequences[first : first + case.micro_batch] for first in range(0, case.responses, case.micro_batch)]
     micro_batches = pack_micro_batches(parts, config.parallel)
-    losses = {
-        True: Objective(config, architecture.vocab_size, reference.head_weight, tp_group=None),
-        False: grpo_loss(reference, config, vocabulary),
-    }
+    losses = {BASELINE: grpo_loss(reference, config, vocabulary)}
+    for rule, settings in RULES.items():
+        ruled = config.model_copy(update={"algorithm": config.algorithm.model_copy(update=settings)})
+        losses[rule] = Objective(ruled, architecture.vocab_size, reference.head_weight, tp_group=None)
 
-    def step(dgpo: bool) -> float:
+    def step(rule: str) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         start = time.perf_counter()
         # step() ends by reading the metrics: nothing is left in flight.
-        policy.step(reference.attach(micro_batches), losses[dgpo])
+        policy.step(reference.attach(micro_batches), losses[rule])
         return time.perf_counter() - start
 
-    times: dict[bool, list[float]] = {True: [], False: []}
-    for _ in range(2):
-        step(True), step(False)
+    times: dict[str, list[float]] = {rule: [] for rule in losses}
+    for rule in (*losses, *losses):
+        step(rule)
     for round_index in range(rounds):
-        for dgpo in (True, False) if round_index % 2 else (False, True):
-            times[dgpo].append(step(dgpo))
-    dgpo_s, grpo_s = min(times[True]), min(times[False])
+        # Whose turn is first changes from round to round.
+        order = deque(losses)
+        order.rotate(round_index)
+        for rule in order:
+            times[rule].append(step(rule))
+    fastest = {rule: min(found) for rule, found in times.items()}
     return {
         "case": name,
         "parameters": parameters,
         "tokens": case.responses * case.response_tokens,
-        "dgpo_s": dgpo_s,
-        "grpo_s": grpo_s,
-        "share": dgpo_s / grpo_s - 1,
+        "seconds": fastest,
+        "adds": {rule: seconds / fastest[BASELINE] - 1 for rule, seconds in fastest.items() if rule != BASELINE},
+        # How far a rule's own rounds are from its fastest, as the middle one of them.
+        "noise": max(statistics.median(found) / min(found) - 1 for found in times.values()),
     }
 
 
@@ -148,7 +163,7 @@ def main() -> None:
     parser.add_argument("--case", choices=list(CASES), action="append")
     arguments = parser.parse_args()
     console = Console()
-    table = Table("model", "parameters", "response tokens", "GRPO s", "DGPO s", "DGPO adds")
+    table = Table("model", "parameters", "response tokens", "rule", "s", "adds")
     results = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -160,8 +175,10 @@ def main() -> None:
         for case in arguments.case or CASES:
             result = measure(case, CASES[case], folder, arguments.rounds)
             results.append(result)
-            times = f"{result['grpo_s']:.3f}", f"{result['dgpo_s']:.3f}", f"{result['share']:.1%}"
-            table.add_row(case, f"{result['parameters'] / 1e6:.1f} M", f"{result['tokens']:,}", *times)
+            sizes = case, f"{result['parameters'] / 1e6:.1f} M", f"{result['tokens']:,}"
+            for rule, seconds in result["seconds"].items():
+                share = f"{result['adds'][rule]:.1%}" if rule in result["adds"] else ""
+                table.add_row(*sizes, rule, f"{seconds:.3f}", share)
         dist.destroy_process_group()
     console.print(table)
     if arguments.json:
