@@ -74,6 +74,7 @@ def made_up(lengths, seed):
         "log_ratio": 0.2 * torch.randn(count, generator=draw),
         "deviation": torch.rand(count, generator=draw) ** 4,
         "reference_logprobs": logprobs - torch.rand(count, generator=draw),
+        "square_prob": (2 * logprobs).exp(),
     }
 
 
@@ -379,6 +380,29 @@ def test_rank_correlation_is_scipys():
     correlation, _ = measures.likeness({"a": a, "b": b}, torch.tensor([0, 15, 40]))
     expected = (spearmanr(a[:15], b[:15]).statistic + spearmanr(a[15:], b[15:]).statistic) / 2
     assert correlation["a"]["b"] == pytest.approx(expected)
+
+
+def test_cosines_are_those_of_the_losses_gradients():
+    draw = torch.Generator().manual_seed(4)
+    logits = torch.randn(9, 5, generator=draw, dtype=torch.float64, requires_grad=True)
+    chosen, bounds = torch.randint(0, 5, (9,), generator=draw), torch.tensor([0, 4, 7, 9])
+    advantages, counted = torch.tensor([1.5, -0.5, 2.0]).double(), [True, True, False]
+    weights = {name: torch.rand(9, generator=draw).double() for name in "ab"} | {"uniform": torch.ones(9)}
+    log_pi = logits.log_softmax(-1)
+    logprobs = log_pi[torch.arange(9), chosen]
+    of_tokens = (advantages * torch.tensor(counted)).repeat_interleave(bounds.diff())
+    gradients = {
+        name: torch.autograd.grad(-(of_tokens * w * logprobs).sum(), logits, retain_graph=True)[0].flatten()
+        for name, w in weights.items()
+    }
+    known = {"logprobs": logprobs.detach(), "square_prob": (2 * log_pi).exp().sum(-1).detach()}
+    step = SimpleNamespace(tokens=known, advantages=advantages, counted=counted, cu_seqlens=bounds)
+    found = measures.cosines(weights, step)
+    for a, ours in gradients.items():
+        for b, theirs in gradients.items():
+            assert found[a][b] == pytest.approx(float(torch.cosine_similarity(ours, theirs, 0)), abs=1e-12)
+    assert found["uniform"]["uniform"] == pytest.approx(1, abs=1e-12)
+    assert measures.cosines({"none": torch.zeros(9)}, step) == {"none": {"none": None}}
 
 
 def test_groups_that_dynamic_sampling_drops(run):

@@ -140,6 +140,19 @@ def test_what_credit_is_made_of_is_recorded_whatever_the_layout(config, recorded
                 assert values == pytest.approx(other.tokens[column], rel=2e-3, abs=2e-3), (name, key, column)
 
 
+def test_recorded_probabilities_are_the_models(config, recorded_alone):
+    """Of the first minibatch, before any update."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(load_config(config, []).model.path, dtype=torch.float64)
+    for (position, place), response in sorted(recorded_alone["dgpo"].items())[: 2 * GROUP]:
+        made = made_up_responses()[position * GROUP + place]
+        with torch.no_grad():
+            logits = model(torch.tensor([[*made.prompt.token_ids, *made.token_ids]])).logits[0]
+        log_pi = logits[len(made.prompt.token_ids) - 1 : -1].log_softmax(-1)
+        assert response.tokens["square_prob"] == pytest.approx((2 * log_pi).exp().sum(-1).numpy(), rel=1e-4)
+
+
 def test_weights_follow_from_what_is_recorded(recorded_alone):
     """To the last bits, and so offline as in the trainer."""
     from megatron_dgpo.algorithm.credit import credit_weights, gated_scores, temperatures_of_share

@@ -3,12 +3,12 @@
     python tools/sweep_credit.py runs/arithmetic/dgpo --steps 10:40:10 --out sweep
 
 The run needs rollout.record=true. For each step: effective share E and concentration against τ and κ, and the τ at
-which E is 0.8; how alike the rules of credit are (Spearman, common part of the heaviest tenth); which tokens, positions
-and responses get credit; what dynamic sampling would drop. Writes sweep.json, sweep.csv and sweep.html.
+which E is 0.8; how alike the rules of credit are (Spearman, common part of the heaviest tenth, cosine of the directions
+in which they move the logits); which tokens, positions and responses get credit; what dynamic sampling would drop.
+Writes sweep.json, sweep.csv and sweep.html.
 
 Weights with the run's own settings are compared with the recorded ones first: a step in which they differ is refused.
-Not here: cosines of update directions, which need Σ π² of each token, which is not recorded; and what the policy would
-have learned.
+Not here: what the policy would have learned.
 """
 
 from __future__ import annotations

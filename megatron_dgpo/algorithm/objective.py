@@ -61,7 +61,7 @@ class Objective:
         record: CreditRecord | None = None,
     ) -> None:
         """reference_head: [V_padded / tp, H]; None where nothing asks for a reference. record: is told what credit is
-        made of, for one more all-reduce over the context-parallel ranks."""
+        made of, for one more all-gather over the tensor-parallel and one all-reduce over the context-parallel ranks."""
         self._config, self._vocab_size = config, vocab_size
         self._algorithm = resolved_algorithm(config)
         self._reference_head, self._tp_group, self._cp_group = reference_head, tp_group, cp_group
@@ -91,6 +91,7 @@ class Objective:
         credit, tau = batch.credit, batch.tau
         if credit is None:
             credit, tau = self._credit(statistics, log_ratio, batch)
+            self._record(statistics, log_ratio, credit, tau, batch, hidden_states, head_weight)
         mean = None
         if self._algorithm.policy_loss == "sequence_clip":
             mean = response_means(log_ratio, batch, self._cp_group)
@@ -107,7 +108,9 @@ class Objective:
             statistics = self._statistics(batch, hidden_states, head_weight)
             known: dict[str, torch.Tensor | None] = {"old_logprobs": statistics.logprobs}
             if self._algorithm.scored_by == "old":
-                credit, tau = self._credit(statistics, torch.zeros_like(statistics.logprobs), batch)
+                log_ratio = torch.zeros_like(statistics.logprobs)
+                credit, tau = self._credit(statistics, log_ratio, batch)
+                self._record(statistics, log_ratio, credit, tau, batch, hidden_states, head_weight)
                 known |= {"deviation": statistics.deviation, "reference_logprobs": statistics.reference_logprobs}
                 known |= {"credit": credit, "tau": tau, "reference_states": None}
             return known
@@ -117,13 +120,42 @@ class Objective:
     def _credit(
         self, statistics: TokenStatistics, log_ratio: torch.Tensor, batch: MicroBatch
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        credit, tau = token_credit(statistics, log_ratio, batch, self._vocab_size, self._algorithm, self._cp_group)
-        if self.record is not None:
-            known = statistics._asdict() | {"log_ratio": log_ratio}
-            values = {name: known[name].detach() for name in TOKENS if known.get(name) is not None}
-            whole = of_whole_responses(torch.stack([*values.values()]), batch, self._cp_group)
-            self.record.add(batch, dict(zip(values, whole, strict=True)), credit, tau)
-        return credit, tau
+        return token_credit(statistics, log_ratio, batch, self._vocab_size, self._algorithm, self._cp_group)
+
+    def _record(
+        self,
+        statistics: TokenStatistics,
+        log_ratio: torch.Tensor,
+        credit: torch.Tensor,
+        tau: torch.Tensor | None,
+        batch: MicroBatch,
+        hidden_states: torch.Tensor,
+        head_weight: torch.Tensor,
+    ) -> None:
+        if self.record is None:
+            return
+        square_prob = self._square_prob(statistics, batch, hidden_states, head_weight)
+        known = statistics._asdict() | {"log_ratio": log_ratio, "square_prob": square_prob}
+        values = {name: known[name].detach() for name in TOKENS if known.get(name) is not None}
+        whole = of_whole_responses(torch.stack([*values.values()]), batch, self._cp_group)
+        self.record.add(batch, dict(zip(values, whole, strict=True)), credit, tau)
+
+    @torch.no_grad()
+    def _square_prob(
+        self, statistics: TokenStatistics, batch: MicroBatch, hidden_states: torch.Tensor, head_weight: torch.Tensor
+    ) -> torch.Tensor:
+        """Σ π², [N]: with π' of half the temperature log π'(a) = 2x(a) − lse(2x), so that log Σ π² is 2 log π(a) less
+        that. One more product with the head, for who records.
+        """
+        sharper = token_statistics(
+            hidden_states,
+            head_weight,
+            batch.targets,
+            temperature=self._config.rollout.temperature / 2,
+            vocab_size=self._vocab_size,
+            tp_group=self._tp_group,
+        )
+        return (2 * statistics.logprobs - sharper.logprobs).exp()
 
     def _statistics(self, batch: MicroBatch, hidden_states: torch.Tensor, head_weight: torch.Tensor) -> TokenStatistics:
         states = batch.reference_states

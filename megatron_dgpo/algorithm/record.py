@@ -13,8 +13,8 @@ import torch
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.micro_batch import MicroBatch, TrainingSequence
 
-TOKENS = ("logprobs", "entropy", "log_ratio", "credit", "deviation", "reference_logprobs")
-"""Float32 of each response token; the last two only where there is a reference."""
+TOKENS = ("logprobs", "entropy", "log_ratio", "square_prob", "credit", "deviation", "reference_logprobs")
+"""Float32 of each response token; the last two only where there is a reference. square_prob: Σ π² of all tokens."""
 
 
 @dataclass(frozen=True)

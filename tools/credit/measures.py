@@ -49,6 +49,7 @@ def measure(step: RecordedStep, text_of: Callable[[int], str]) -> dict:
         "kappas": {f"{kappa:g}": temperatures(step, kappa) for kappa in kappas},
         "rank_correlation": correlation,
         "top10_overlap": overlap,
+        "cosine": cosines(weights, step) if "square_prob" in step.tokens else {},
     }
 
 
@@ -162,6 +163,27 @@ def likeness(
             correlation[a][b] = float(spearman.mean()) if both.any() else None
             overlap[a][b] = float((shared / most[both]).mean()) if both.any() else None
     return correlation, overlap
+
+
+def cosines(weights: dict[str, torch.Tensor], step: RecordedStep) -> dict[str, dict[str, float | None]]:
+    """How alike the directions are in which the rules' losses move the step's logits: of each with each, the cosine
+    Σ A²·u·v·q / √(Σ A²u²q · Σ A²v²q) over the tokens that count. None where a rule moves none.
+
+    At a ratio of 1, as in the first optimizer step, the loss's gradient at a token's logits is −A·w·(onehot − π), and
+    q = ‖onehot − π‖² = 1 − 2·π(a) + Σπ². The weights' gradients, which add those of all tokens up, are not compared.
+    """
+    counts = torch.tensor(step.counted, dtype=torch.float64) * step.advantages.double() ** 2
+    chosen = step.tokens["logprobs"].double().exp()
+    # Rounding must give no negative square.
+    squares = (1 - 2 * chosen + step.tokens["square_prob"].double()).clamp(min=0)
+    scale = (counts[segment_ids(step.cu_seqlens)] * squares).sqrt()
+    moved = {name: scale * values.double() for name, values in weights.items()}
+    norms = {name: float(values.norm()) for name, values in moved.items()}
+
+    def cosine(a: str, b: str) -> float | None:
+        return float(moved[a] @ moved[b]) / (norms[a] * norms[b]) if norms[a] and norms[b] else None
+
+    return {a: {b: cosine(a, b) for b in moved} for a in moved}
 
 
 def ranks_of(weights: torch.Tensor, cu_seqlens: torch.Tensor) -> np.ndarray:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tools.credit.measures import DECILES, SHARE
+from tools.credit.recorded import UNIFORM
 from tools.html_page import note, table
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
@@ -204,9 +205,13 @@ def _rules(step: dict) -> str:
     for name, rule in step["rules"].items():
         sides = [rule[side] and rule[side][value] for value in ("effective_share", "max_weight") for side in _SIDES]
         values = [rule[value] for value in ("effective_share", "max_weight", "top1_share", "top10_share")]
-        lines.append([name, *map(_shown, [*values, *sides])])
+        direction = step["cosine"].get(name, {}).get(UNIFORM.name)
+        lines.append([name, *map(_shown, [*values, *sides, direction])])
     names = ["rule", "E", "max w", "top 1 %", "top 10 %", "E, right", "E, wrong", "max w, right", "max w, wrong"]
-    return note("Means over responses; right are those with a reward of 1 or more.") + table(names, lines)
+    return note(
+        "Means over responses; right are those with a reward of 1 or more. Cosine: of the direction in which the "
+        "rule's loss moves the logits with that of uniform credit, in a step's first update."
+    ) + table([*names, "cosine"], lines)
 
 
 _SIDES = ("right", "wrong")
