@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments is None:
         # A process of its own. Imports take seconds: a signal to stop must not end it before somebody can act on it.
         stop.block()
+        # Ctrl-C ends it without a traceback, until something is started that must be ended, too (launcher.py).
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         arguments = sys.argv[1:]
     options = _parse(arguments)
     try:

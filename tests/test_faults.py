@@ -167,7 +167,7 @@ def test_ctrl_c_at_any_moment(recorded, tmp_path):
     for _ in range(TIMES["INTERRUPTS"]):
         said = run.output.stat().st_size
         run.start()
-        time.sleep(generator.uniform(0.5, 12))
+        time.sleep(generator.uniform(1.5, 12))
         if run.process.poll() is not None:
             assert run.process.returncode == 0, run.output.read_text()[said:]
             continue
