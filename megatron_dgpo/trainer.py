@@ -6,15 +6,15 @@ prompts -> responses (vLLM) -> rewards -> advantages -> reference -> policy upda
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 
-from megatron_dgpo.algorithm.advantages import group_advantages, over_step
 from megatron_dgpo.algorithm.objective import Objective
+from megatron_dgpo.algorithm.outcome import Outcome, step_advantages
 from megatron_dgpo.algorithm.record import CreditRecord, file_of_credit
 from megatron_dgpo.algorithm.resolve import resolved_algorithm
-from megatron_dgpo.algorithm.shaping import shape_rewards
 from megatron_dgpo.config import Config
 from megatron_dgpo.data import end_tokens, load_prompts, load_tokenizer
 from megatron_dgpo.evaluation import evaluate, load_sets
@@ -159,15 +159,16 @@ def shared_out(session: Session, groups: dict[int, list[Response]], step: int) -
     """
 
     def mine() -> list[list[list[TrainingSequence]]]:
+        weights = session.config.reward.weights
         own = {
-            position: training_sequences(session.config, position, group, step) for position, group in groups.items()
+            position: (training_sequences(position, group, step), [outcome_of(response, weights) for response in group])
+            for position, group in groups.items()
         }
         found = {position: group for share in all_gathered(own, data_group()) for position, group in share.items()}
-        sequences = [sequence for position in sorted(found) for sequence in found[position]]
-        if session.config.algorithm.advantage == "batch_std":
-            centred = torch.tensor([sequence.advantage for sequence in sequences])
-            advantages = over_step(centred, session.config.algorithm.advantage_eps).tolist()
-            sequences = [replace(s, advantage=a) for s, a in zip(sequences, advantages, strict=True)]
+        sequences = [sequence for position in sorted(found) for sequence in found[position][0]]
+        outcomes = [outcome for position in sorted(found) for outcome in found[position][1]]
+        compared = zip(*(values.tolist() for values in step_advantages(outcomes, session.config)), strict=True)
+        sequences = [replace(s, advantage=a, counted=c) for s, (a, c) in zip(sequences, compared, strict=True)]
         size = len(sequences) // session.config.batch.minibatches
         parts = [sequences[first : first + size] for first in range(0, len(sequences), size)]
         return [session.shares(part)[replica()[0]] for part in parts]
@@ -175,25 +176,22 @@ def shared_out(session: Session, groups: dict[int, list[Response]], step: int) -
     return from_leader(mine)
 
 
-def training_sequences(config: Config, position: int, responses: list[Response], step: int) -> list[TrainingSequence]:
-    """The responses of one group with their advantages, and whether they count."""
-    settings = config.algorithm
-    lengths = torch.tensor([len(r.token_ids) for r in responses])
-    rewards, counted = shape_rewards(
-        torch.tensor([r.reward for r in responses], dtype=torch.float64),
-        lengths,
-        torch.tensor([r.finish_reason == "length" for r in responses]),
-        config.reward.overlong,
-        config.rollout.max_response_tokens,
-        config.reward.overlong_buffer_tokens,
-    )
-    advantages = group_advantages(
-        rewards, config.rollout.group_size, settings.advantage, settings.advantage_eps, lengths
-    )
-    rows = zip(responses, advantages.tolist(), counted.tolist(), strict=True)
+def training_sequences(position: int, responses: list[Response], step: int) -> list[TrainingSequence]:
+    """The responses of one group, not compared yet."""
     return [
         TrainingSequence.of(
-            r.prompt.token_ids, r.token_ids, advantage, r.logprobs, counts, r.lags(step - 1), (position, place)
+            r.prompt.token_ids,
+            r.token_ids,
+            generator_logprobs=r.logprobs,
+            lags=r.lags(step - 1),
+            key=(position, place),
         )
-        for place, (r, advantage, counts) in enumerate(rows)
+        for place, r in enumerate(responses)
     ]
+
+
+def outcome_of(response: Response, rewards: Iterable[str]) -> Outcome:
+    """rewards: the names of several."""
+    components = tuple(response.components[name] for name in rewards)
+    cut_off = response.finish_reason == "length"
+    return Outcome(response.reward, components, response.correct, len(response.token_ids), cut_off)

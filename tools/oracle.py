@@ -85,6 +85,67 @@ def dense_step(
     return Oracle(total.item(), weights, revert_weight_conversion(policy, gradients))
 
 
+def advantages(groups, algorithm, weights):
+    """[(advantage, whether it counts)] a group, of a step's groups of [(reward, [several rewards], whether right)].
+
+    weights: of the several. Of `algorithm.advantage` mean_std, and what a later stage changes or is combined with.
+    """
+    eps, size = algorithm.advantage_eps, len(groups[0])
+    found, dropped = [], []
+    for group in groups:
+        rewards = [reward for reward, _, _ in group]
+        out = [False] * size
+        if algorithm.advantage == "decoupled":
+            terms = [[c * a for a in standard([row[1][k] for row in group], eps)] for k, c in enumerate(weights)]
+            responses = list(zip(*terms, strict=True))
+            for i, a in enumerate(responses):
+                if max(a) > 0 > min(a) and abs(sum(a)) < algorithm.conflict * sum(abs(x) for x in a):
+                    out[i] = True
+            values = [sum(a) * (size - sum(out)) / size for a in responses]
+        elif algorithm.advantage == "mean_mad":
+            mean = sum(rewards) / size
+            deviation = sum(abs(r - mean) for r in rewards) / size
+            values = [(r - mean) / (deviation + eps) for r in rewards]
+        elif algorithm.advantage == "batch_std":
+            values = [r - sum(rewards) / size for r in rewards]
+        else:
+            values = standard(rewards, eps)
+        found.append(values)
+        dropped.append(out)
+    if algorithm.advantage in ("decoupled", "batch_std"):
+        kept = [
+            a for values, out in zip(found, dropped, strict=True) for a, o in zip(values, out, strict=True) if not o
+        ]
+        mean = sum(kept) / len(kept) if kept else 0.0
+        deviation = math.sqrt(sum((a - mean) ** 2 for a in kept) / len(kept)) if kept else 0.0
+        found = [[(a - mean) / (deviation + eps) for a in values] for values in found]
+    factors = [1.0] * len(groups)
+    if algorithm.group_weight == "difficulty":
+        factors = difficulty(groups, algorithm)
+    return [
+        [(0.0 if o else a * factor, not o and factor > 0) for a, o in zip(values, out, strict=True)]
+        for values, out, factor in zip(found, dropped, factors, strict=True)
+    ]
+
+
+def standard(rewards, eps):
+    """(r − mean) / (std + eps)."""
+    mean = sum(rewards) / len(rewards)
+    deviation = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
+    return [(r - mean) / (deviation + eps) for r in rewards]
+
+
+def difficulty(groups, algorithm):
+    """The weight of each group; 0 where nothing that is compared differs."""
+    powers = []
+    for group in groups:
+        compared = [row[1] if algorithm.advantage == "decoupled" else row[0] for row in group]
+        share = sum(right for _, _, right in group) / len(group)
+        same = all(values == compared[0] for values in compared)
+        powers.append(0.0 if same else math.exp(-(share or 1.0) / algorithm.difficulty_temperature))
+    return [sum(power > 0 for power in powers) * power / (sum(powers) or 1.0) for power in powers]
+
+
 def credit(algorithm, log_pi, log_rho, log_ratios, advantage, vocab_size):
     """[T] weights of a response. log_pi, log_rho: [T, V]; log_ratios: T numbers."""
     if algorithm.credit in ("uniform", "none"):

@@ -9,9 +9,10 @@ from itertools import repeat
 from pathlib import Path
 
 from megatron_dgpo.errors import UsageError
+from megatron_dgpo.rewards.grade import weighted_sum
 from megatron_dgpo.rollout.response import Prompt, Response
 
-_FIELDS = [field.name for field in dataclasses.fields(Response) if field.name != "prompt"]
+_FIELDS = [field.name for field in dataclasses.fields(Response) if field.name not in ("prompt", "components")]
 
 
 def file_of_step(folder: Path, step: int, replica: int) -> Path:
@@ -28,11 +29,13 @@ def remove_beyond(folder: Path, step: int, replicas: int) -> None:
 
 def as_row(response: Response) -> dict:
     """All of it but its prompt, as JSON holds it; log-probs survive exactly."""
-    return {name: getattr(response, name) for name in _FIELDS}
+    several = {"components": response.components} if response.components else {}
+    return {name: getattr(response, name) for name in _FIELDS} | several
 
 
 def of_row(prompt: Prompt, row: dict) -> Response:
-    return Response(prompt=prompt, **{name: row[name] for name in _FIELDS})
+    values = {name: row[name] for name in _FIELDS}
+    return Response(prompt=prompt, **values, components=row.get("components", {}))
 
 
 def write_responses(file: Path, responses: list[Response], positions: Iterable[int] | None = None) -> None:
@@ -47,12 +50,17 @@ def write_responses(file: Path, responses: list[Response], positions: Iterable[i
 
 
 def recorded_groups(
-    folder: Path, step: int, prompt_at: Callable[[int], Prompt], group_size: int, expected: range | None
+    folder: Path,
+    step: int,
+    prompt_at: Callable[[int], Prompt],
+    group_size: int,
+    expected: range | None,
+    weights: dict[str, float],
 ) -> dict[int, list[Response]]:
     """What another run recorded of a step, by position, whatever its data-parallel size was.
 
-    prompt_at: of each position. expected: the positions, where they are known before. Raises UsageError where it
-    recorded something else.
+    prompt_at: of each position. expected: the positions, where they are known before. weights: of several rewards,
+    which may differ from those of the run that recorded. Raises UsageError where it recorded something else.
     """
     recorded: dict[int, list[dict]] = {}
     for file in folder.glob(f"step_{step:08d}.*.jsonl"):
@@ -71,5 +79,22 @@ def recorded_groups(
                 f"rollout.replay={folder}: step {step} has {len(rows)} responses to problem {rows[0]['prompt']}, not "
                 f"{group_size} to problem {prompt.index}; {advice}"
             )
-        groups[position] = [of_row(prompt, row) for row in rows]
+        names = next((found for row in rows if (found := row.get("components", {})).keys() != weights.keys()), None)
+        if names is not None:
+            raise UsageError(
+                f"rollout.replay={folder}: step {step} has {_rewards(names)}, and reward.weights is for "
+                f"{_rewards(weights)}; give each that was recorded a weight"
+            )
+        groups[position] = [_weighed(of_row(prompt, row), weights) for row in rows]
     return groups
+
+
+def _rewards(names: Iterable[str]) -> str:
+    return f"rewards called {', '.join(names)}" if names else "one reward without a name"
+
+
+def _weighed(response: Response, weights: dict[str, float]) -> Response:
+    if not weights:
+        return response
+    components = {name: response.components[name] for name in weights}
+    return dataclasses.replace(response, reward=weighted_sum(components, weights), components=components)

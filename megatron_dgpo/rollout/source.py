@@ -298,7 +298,8 @@ class RolloutSource(contextlib.ExitStack):
         rollout, start = self._config.rollout, progress.prompts
         expected = None if rollout.dynamic_sampling else range(start, start + rollout.prompts_per_step)
         step, size = progress.step + 1, rollout.group_size
-        groups = from_leader(lambda: recorded_groups(folder, step, self._prompt_at, size, expected))
+        weights = self._config.reward.weights
+        groups = from_leader(lambda: recorded_groups(folder, step, self._prompt_at, size, expected, weights))
         next_position = max(groups) + 1
         own = self._own(range(start, next_position)) if is_replica_leader() else ()
         return Taken({position: groups[position] for position in own if position in groups}, next_position)
