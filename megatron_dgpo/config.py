@@ -390,7 +390,8 @@ class Data(Section):
 
 class Reward(Section):
     grader: Text = "math"
-    """math (math-verify), exact, or module:function taking (response: str, answer: str, row: dict) -> float."""
+    """math (math-verify), exact, or module:function taking (response: str, answer: str, row: dict) -> float, or what
+    weights says."""
     weights: Weights = {}
     """{name: weight} of several rewards: the grader, one of your own, returns {name: number} with these names, and a
     response's reward is the weighted sum; 0 makes a metric only. Empty or null: the grader returns one number."""

@@ -6,7 +6,6 @@ prompts -> responses (vLLM) -> rewards -> advantages -> reference -> policy upda
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -159,39 +158,40 @@ def shared_out(session: Session, groups: dict[int, list[Response]], step: int) -
     """
 
     def mine() -> list[list[list[TrainingSequence]]]:
-        weights = session.config.reward.weights
-        own = {
-            position: (training_sequences(position, group, step), [outcome_of(response, weights) for response in group])
-            for position, group in groups.items()
-        }
+        config = session.config
+        own = {position: training_sequences(config, position, group, step) for position, group in groups.items()}
         found = {position: group for share in all_gathered(own, data_group()) for position, group in share.items()}
-        sequences = [sequence for position in sorted(found) for sequence in found[position][0]]
-        outcomes = [outcome for position in sorted(found) for outcome in found[position][1]]
-        compared = zip(*(values.tolist() for values in step_advantages(outcomes, session.config)), strict=True)
-        sequences = [replace(s, advantage=a, counted=c) for s, (a, c) in zip(sequences, compared, strict=True)]
-        size = len(sequences) // session.config.batch.minibatches
+        sequences = compared([pair for position in sorted(found) for pair in found[position]], config)
+        size = len(sequences) // config.batch.minibatches
         parts = [sequences[first : first + size] for first in range(0, len(sequences), size)]
         return [session.shares(part)[replica()[0]] for part in parts]
 
     return from_leader(mine)
 
 
-def training_sequences(position: int, responses: list[Response], step: int) -> list[TrainingSequence]:
-    """The responses of one group, not compared yet."""
+def compared(step: list[tuple[TrainingSequence, Outcome]], config: Config) -> list[TrainingSequence]:
+    """All of a step's sequences with their advantages, and whether they count."""
+    advantages, counted = step_advantages([outcome for _, outcome in step], config)
+    rows = zip(step, advantages.tolist(), counted.tolist(), strict=True)
+    return [replace(sequence, advantage=advantage, counted=counts) for (sequence, _), advantage, counts in rows]
+
+
+def training_sequences(
+    config: Config, position: int, responses: list[Response], step: int
+) -> list[tuple[TrainingSequence, Outcome]]:
+    """The responses of one group, each without an advantage yet, and what came of it."""
     return [
-        TrainingSequence.of(
-            r.prompt.token_ids,
-            r.token_ids,
-            generator_logprobs=r.logprobs,
-            lags=r.lags(step - 1),
-            key=(position, place),
+        (
+            TrainingSequence.of(
+                r.prompt.token_ids, r.token_ids, 0.0, r.logprobs, True, r.lags(step - 1), (position, place)
+            ),
+            Outcome(
+                r.reward,
+                tuple(r.components[name] for name in config.reward.weights),
+                r.correct,
+                len(r.token_ids),
+                r.finish_reason == "length",
+            ),
         )
         for place, r in enumerate(responses)
     ]
-
-
-def outcome_of(response: Response, rewards: Iterable[str]) -> Outcome:
-    """rewards: the names of several."""
-    components = tuple(response.components[name] for name in rewards)
-    cut_off = response.finish_reason == "length"
-    return Outcome(response.reward, components, response.correct, len(response.token_ids), cut_off)

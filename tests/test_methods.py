@@ -181,19 +181,18 @@ def test_a_record_that_is_not_there_or_not_whole_is_one_sentence(recorded_alone,
 
 
 def test_overlong_responses_are_compared_with_and_not_trained_on():
-    from megatron_dgpo.algorithm.outcome import step_advantages
-    from megatron_dgpo.trainer import outcome_of
+    from megatron_dgpo.trainer import compared, training_sequences
 
     responses = made_up_responses()
     cut_off = [response.finish_reason == "length" for response in responses]
     assert 0 < sum(cut_off) < len(responses)
     rollout = {"group_size": GROUP, "max_response_tokens": LIMIT}
-    outcomes = [outcome_of(response, ()) for response in responses]
-    found = {
-        how: step_advantages(outcomes, make_config("none", rollout=rollout, reward={"overlong": how}))
-        for how in ("none", "filter", "punish")
-    }
-    assert [not counts for counts in found["filter"][1].tolist()] == cut_off
-    assert all(found[how][1].all() for how in ("none", "punish"))
-    advantages = {how: found[how][0].tolist() for how in found}
+    found = {}
+    for how in ("none", "filter", "punish"):
+        config = make_config("none", rollout=rollout, reward={"overlong": how})
+        groups = [training_sequences(config, i, responses[i * GROUP : (i + 1) * GROUP], 1) for i in range(4)]
+        found[how] = compared([pair for group in groups for pair in group], config)
+    assert [not sequence.counted for sequence in found["filter"]] == cut_off
+    assert all(sequence.counted for how in ("none", "punish") for sequence in found[how])
+    advantages = {how: [sequence.advantage for sequence in found[how]] for how in found}
     assert advantages["filter"] == advantages["none"] != advantages["punish"]

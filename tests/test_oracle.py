@@ -186,7 +186,7 @@ def outcomes():
             brief, watched = torch.rand(2, generator=draw, dtype=torch.float64).tolist()
             brief = 0.5 if index in (2, 10, 11) else brief
             reward = right + 0.7 * brief
-            found.append(Outcome(reward, (right, brief, watched if index < 9 else 0.25), reward >= 1, 5, False))
+            found.append(Outcome(reward, (right, brief, watched), reward >= 1, 5, False))
     return found
 
 

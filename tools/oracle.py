@@ -121,7 +121,7 @@ def advantages(groups, algorithm, weights):
         found = [[(a - mean) / (deviation + eps) for a in values] for values in found]
     factors = [1.0] * len(groups)
     if algorithm.group_weight == "difficulty":
-        factors = difficulty(groups, algorithm)
+        factors = difficulty(groups, algorithm, weights)
     return [
         [(0.0 if o else a * factor, not o and factor > 0) for a, o in zip(values, out, strict=True)]
         for values, out, factor in zip(found, dropped, factors, strict=True)
@@ -135,11 +135,13 @@ def standard(rewards, eps):
     return [(r - mean) / (deviation + eps) for r in rewards]
 
 
-def difficulty(groups, algorithm):
+def difficulty(groups, algorithm, weights):
     """The weight of each group; 0 where nothing that is compared differs."""
     powers = []
     for group in groups:
-        compared = [row[1] if algorithm.advantage == "decoupled" else row[0] for row in group]
+        compared = [row[0] for row in group]
+        if algorithm.advantage == "decoupled":
+            compared = [[r for r, c in zip(row[1], weights, strict=True) if c] for row in group]
         share = sum(right for _, _, right in group) / len(group)
         same = all(values == compared[0] for values in compared)
         powers.append(0.0 if same else math.exp(-(share or 1.0) / algorithm.difficulty_temperature))

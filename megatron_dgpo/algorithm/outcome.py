@@ -47,28 +47,32 @@ def step_advantages(outcomes: Sequence[Outcome], config: Config) -> tuple[torch.
         config.rollout.max_response_tokens,
         config.reward.overlong_buffer_tokens,
     )
-    several = torch.tensor([outcome.components for outcome in outcomes], dtype=torch.float64)
-    compared = several if config.algorithm.advantage == "decoupled" else rewards[:, None]
-    advantages, kept = _compared(compared, lengths, config)
+    weights = torch.tensor([*config.reward.weights.values()], dtype=torch.float64)
+    if config.algorithm.advantage == "decoupled":
+        several = torch.tensor([outcome.components for outcome in outcomes], dtype=torch.float64)
+        # Those without a weight are looked at by nobody.
+        rewards, weights = several[:, weights != 0], weights[weights != 0]
+    advantages, kept = _compared(rewards, weights, lengths, config)
     if config.algorithm.group_weight == "difficulty":
         size = config.rollout.group_size
         right = torch.tensor([outcome.correct for outcome in outcomes]).double().view(-1, size).mean(1)
-        differing = differ(compared.view(-1, size, compared.shape[1])).any(1)
-        weights = difficulty_weights(right, differing, config.algorithm.difficulty_temperature)
-        advantages = (advantages * weights.repeat_interleave(size)).float()
+        differing = differ(rewards.reshape(len(right), size, -1)).any(1)
+        factors = difficulty_weights(right, differing, config.algorithm.difficulty_temperature)
+        advantages = (advantages * factors.repeat_interleave(size)).float()
         kept = kept & differing.repeat_interleave(size)
     return advantages, counted & kept
 
 
-def _compared(rewards: torch.Tensor, lengths: torch.Tensor, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """(advantages [B] float32, kept [B] bool) of rewards [B, K], K = 1 unless they are decoupled."""
+def _compared(
+    rewards: torch.Tensor, weights: torch.Tensor, lengths: torch.Tensor, config: Config
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(advantages [B] float32, kept [B] bool) of rewards [B], or decoupled ones [B, K] with weights [K]."""
     settings, size = config.algorithm, config.rollout.group_size
     if settings.advantage == "decoupled":
-        weights = torch.tensor([*config.reward.weights.values()], dtype=torch.float64)
         advantages, kept = decoupled_advantages(rewards, weights, size, settings.advantage_eps, settings.conflict)
     else:
         kept = torch.ones(len(rewards), dtype=torch.bool)
-        advantages = group_advantages(rewards[:, 0], size, settings.advantage, settings.advantage_eps, lengths)
+        advantages = group_advantages(rewards, size, settings.advantage, settings.advantage_eps, lengths)
     if settings.advantage in ("decoupled", "batch_std"):
         advantages = over_step(advantages, kept, settings.advantage_eps)
     return advantages, kept

@@ -19,6 +19,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from typing import Any
 
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.rewards.grade import Grader, load_grader
@@ -58,7 +59,7 @@ def main(descriptor: int, parent: int, name: str, rewards: Sequence[str]) -> Non
 
 def _grade(grader: Grader, names: Sequence[str], response: str, answer: str, row: dict) -> tuple[str, Reward | str]:
     try:
-        value = grader(response, answer, row)
+        value: Any = grader(response, answer, row)
         if not names and _is_finite(value):
             return "reward", float(value)
         if names and isinstance(value, dict) and value.keys() == set(names) and all(map(_is_finite, value.values())):

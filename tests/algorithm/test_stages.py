@@ -158,6 +158,10 @@ def test_groups_that_are_equal_have_no_loss_beside_difficulty():
     for kind, expected in (("decoupled", [True] * 4 + [False] * 4), ("mean_std", [False] * 8)):
         found = compared(rewards, [1.0, 1.0], advantage=kind, group_weight="difficulty")
         assert found[1].tolist() == expected
+    # Not where the one that does has no weight.
+    watched = [[1, 0], [1, 1], [1, 0], [1, 1], [1, 0], [0, 0], [0, 0], [0, 0]]
+    found = compared(watched, [1.0, 0.0], advantage="decoupled", group_weight="difficulty")
+    assert found[1].tolist() == [False] * 4 + [True] * 4
 
 
 def test_what_was_cut_off_is_compared_with_and_not_counted():
