@@ -280,7 +280,7 @@ def test_several_rewards_are_trained_for(recorded, tmp_path):
         timeout=240,
     )
     assert result.returncode == 2
-    assert "has rewards called right, brief, and reward.weights is for rewards called wrong" in result.stderr
+    assert "has the rewards right, brief, and reward.weights names wrong" in result.stderr
 
 
 def test_fine_tuning_stops_after_skipped_steps_too(recorded, tmp_path):

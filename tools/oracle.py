@@ -90,42 +90,39 @@ def advantages(groups, algorithm, weights):
 
     weights: of the several. Of `algorithm.advantage` mean_std, and what a later stage changes or is combined with.
     """
-    eps, size = algorithm.advantage_eps, len(groups[0])
-    found, dropped = [], []
-    for group in groups:
-        rewards = [reward for reward, _, _ in group]
-        out = [False] * size
-        if algorithm.advantage == "decoupled":
-            terms = [[c * a for a in standard([row[1][k] for row in group], eps)] for k, c in enumerate(weights)]
-            responses = list(zip(*terms, strict=True))
-            for i, a in enumerate(responses):
-                if max(a) > 0 > min(a) and abs(sum(a)) < algorithm.conflict * sum(abs(x) for x in a):
-                    out[i] = True
-            values = [sum(a) * (size - sum(out)) / size for a in responses]
-        elif algorithm.advantage == "mean_mad":
-            mean = sum(rewards) / size
-            deviation = sum(abs(r - mean) for r in rewards) / size
-            values = [(r - mean) / (deviation + eps) for r in rewards]
-        elif algorithm.advantage == "batch_std":
-            values = [r - sum(rewards) / size for r in rewards]
-        else:
-            values = standard(rewards, eps)
-        found.append(values)
-        dropped.append(out)
+    found = [in_group(group, algorithm, weights) for group in groups]
+    mean, divisor = 0.0, 1.0
     if algorithm.advantage in ("decoupled", "batch_std"):
-        kept = [
-            a for values, out in zip(found, dropped, strict=True) for a, o in zip(values, out, strict=True) if not o
-        ]
-        mean = sum(kept) / len(kept) if kept else 0.0
-        deviation = math.sqrt(sum((a - mean) ** 2 for a in kept) / len(kept)) if kept else 0.0
-        found = [[(a - mean) / (deviation + eps) for a in values] for values in found]
+        kept = [value for group in found for value, counts in group if counts]
+        mean = sum(kept) / max(len(kept), 1)
+        divisor = math.sqrt(sum((a - mean) ** 2 for a in kept) / max(len(kept), 1)) + algorithm.advantage_eps
     factors = [1.0] * len(groups)
     if algorithm.group_weight == "difficulty":
         factors = difficulty(groups, algorithm, weights)
     return [
-        [(0.0 if o else a * factor, not o and factor > 0) for a, o in zip(values, out, strict=True)]
-        for values, out, factor in zip(found, dropped, factors, strict=True)
+        [((value - mean) / divisor * factor if counts else 0.0, counts and factor > 0) for value, counts in group]
+        for group, factor in zip(found, factors, strict=True)
     ]
+
+
+def in_group(group, algorithm, weights):
+    """[(a response among its own group, whether it is in no conflict with itself)]."""
+    rewards, size, eps = [reward for reward, _, _ in group], len(group), algorithm.advantage_eps
+    mean = sum(rewards) / size
+    if algorithm.advantage == "batch_std":
+        return [(r - mean, True) for r in rewards]
+    if algorithm.advantage == "mean_mad":
+        deviation = sum(abs(r - mean) for r in rewards) / size
+        return [((r - mean) / (deviation + eps), True) for r in rewards]
+    if algorithm.advantage == "mean_std":
+        return [(a, True) for a in standard(rewards, eps)]
+    by_reward = [[c * a for a in standard([row[1][k] for row in group], eps)] for k, c in enumerate(weights)]
+    found = []
+    for terms in zip(*by_reward, strict=True):
+        torn = max(terms) > 0 > min(terms)
+        found.append((sum(terms), not torn or abs(sum(terms)) >= algorithm.conflict * sum(map(abs, terms))))
+    share = sum(counts for _, counts in found) / size
+    return [(value * share, counts) for value, counts in found]
 
 
 def standard(rewards, eps):

@@ -50,17 +50,12 @@ def write_responses(file: Path, responses: list[Response], positions: Iterable[i
 
 
 def recorded_groups(
-    folder: Path,
-    step: int,
-    prompt_at: Callable[[int], Prompt],
-    group_size: int,
-    expected: range | None,
-    weights: dict[str, float],
+    folder: Path, step: int, prompt_at: Callable[[int], Prompt], group_size: int, expected: range | None
 ) -> dict[int, list[Response]]:
     """What another run recorded of a step, by position, whatever its data-parallel size was.
 
-    prompt_at: of each position. expected: the positions, where they are known before. weights: of several rewards,
-    which may differ from those of the run that recorded. Raises UsageError where it recorded something else.
+    prompt_at: of each position. expected: the positions, where they are known before. Raises UsageError where it
+    recorded something else.
     """
     recorded: dict[int, list[dict]] = {}
     for file in folder.glob(f"step_{step:08d}.*.jsonl"):
@@ -79,22 +74,20 @@ def recorded_groups(
                 f"rollout.replay={folder}: step {step} has {len(rows)} responses to problem {rows[0]['prompt']}, not "
                 f"{group_size} to problem {prompt.index}; {advice}"
             )
-        names = next((found for row in rows if (found := row.get("components", {})).keys() != weights.keys()), None)
-        if names is not None:
-            raise UsageError(
-                f"rollout.replay={folder}: step {step} has {_rewards(names)}, and reward.weights is for "
-                f"{_rewards(weights)}; give each that was recorded a weight"
-            )
-        groups[position] = [_weighed(of_row(prompt, row), weights) for row in rows]
+        groups[position] = [of_row(prompt, row) for row in rows]
     return groups
 
 
-def _rewards(names: Iterable[str]) -> str:
-    return f"rewards called {', '.join(names)}" if names else "one reward without a name"
-
-
-def _weighed(response: Response, weights: dict[str, float]) -> Response:
+def weighed_anew(response: Response, weights: dict[str, float]) -> Response:
+    """With the sum by these weights for its reward, where it has several. Raises UsageError where their names are
+    others."""
+    names = response.components
+    if names.keys() != weights.keys():
+        has = f"has the rewards {', '.join(names)}" if names else "has one reward without a name"
+        asked = f"reward.weights names {', '.join(weights) or 'none'}"
+        advice = "give these a weight each" if names else "set it to null"
+        raise UsageError(f"rollout.replay: a recorded response {has}, and {asked}; {advice}")
     if not weights:
         return response
-    components = {name: response.components[name] for name in weights}
+    components = {name: names[name] for name in weights}
     return dataclasses.replace(response, reward=weighted_sum(components, weights), components=components)

@@ -321,8 +321,8 @@ def test_replay_weighs_several_rewards_anew(tmp_path, monkeypatch):
     found = replayed(config, {"brief": 2.0, "right": -1.0})[0]
     assert [response.reward for response in found] == [2 * 0.1 - 1, 2 * 0.3]
     assert [list(response.components) for response in found] == [["brief", "right"]] * 2
-    for weights, text in (({}, "one reward without a name"), ({"right": 1}, "rewards called right")):
-        match = f"step 1 has rewards called right, brief, and reward.weights is for {text}; give each that was recorded"
+    for weights, text in (({}, "none"), ({"right": 1}, "right")):
+        match = f"has the rewards right, brief, and reward.weights names {text}; give these a weight each"
         with pytest.raises(UsageError, match=match):
             replayed(config, weights)
 
@@ -353,7 +353,7 @@ def test_replay_gives_each_group_once(tmp_path, monkeypatch, recorded_by, replay
         got |= taken.groups
     assert got == groups
     monkeypatch.setattr(source, "replica", lambda: (0, 1))
-    with pytest.raises(UsageError, match="has one reward without a name, and reward.weights is for rewards called a;"):
+    with pytest.raises(UsageError, match="has one reward without a name, and reward.weights names a; set it to null"):
         replayed(config, {"a": 1})
     for problems, start, text in [(PROMPTS[:5], 0, "responses to problem"), (PROMPTS[:6], 8, "not 8 to 15")]:
         monkeypatch.setattr(source, "replica", lambda: (0, 1))
