@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -72,9 +73,25 @@ def _check_stems(paths: tuple[Path, ...]) -> tuple[Path, ...]:
     return paths
 
 
+def _named(weights: Any) -> Any:
+    """Null is no name."""
+    return {} if weights is None else weights
+
+
+def _check_weights(weights: dict[str, float]) -> dict[str, float]:
+    """Names become names of metrics."""
+    wrong = next((name for name in weights if not re.fullmatch("[A-Za-z0-9_]+", name)), None)
+    if wrong is not None:
+        raise ValueError(f"a reward cannot be named {shown(wrong)}: use letters, digits and _")
+    if weights and not any(weights.values()):
+        raise ValueError("all weights are 0: nothing would be trained for; give one, such as {right: 1, format: 0.2}")
+    return weights
+
+
 Text = Annotated[str, AfterValidator(_check_text)]
 FilePath = Annotated[Path, BeforeValidator(_expand), AfterValidator(_check_path)]
 FilePaths = Annotated[tuple[FilePath, ...], BeforeValidator(_listed), AfterValidator(_check_stems)]
+Weights = Annotated[dict[str, float], BeforeValidator(_named), AfterValidator(_check_weights)]
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 Bytes = Annotated[int, Field(gt=0, lt=2**63)]
 Seconds = Annotated[float, Field(gt=0, le=2_000_000)]
@@ -232,14 +249,23 @@ class Algorithm(Section):
     teacher: float = Field(0.0, ge=0)
     """Coefficient of log ρ(a) - log π_old(a), which is added to a token's advantage: model.reference is then a teacher
     to be imitated (on-policy distillation), or, with a small one, what the policy is held to."""
-    advantage: Literal["mean_std", "mean", "rloo", "mean_mad", "batch_std", "best_of_group", "length_baseline"] = (
-        "mean_std"
-    )
+    advantage: Literal[
+        "mean_std", "mean", "rloo", "mean_mad", "batch_std", "best_of_group", "length_baseline", "decoupled"
+    ] = "mean_std"
     """Of a response in its group: (r - mean) / (std + advantage_eps); r - mean; r - mean of the others; (r - mean) /
     (mean absolute deviation + advantage_eps); (r - mean) / (std over the step + advantage_eps); how far the best is
-    ahead of the second, / (std + advantage_eps), and 0 for the others; r - mean weighted by lengths."""
+    ahead of the second, / (std + advantage_eps), and 0 for the others; r - mean weighted by lengths; the mean_std of
+    each of reward.weights, weighted and added, / (its std over the step + advantage_eps) (GDPO, arXiv 2601.05242)."""
     advantage_eps: PositiveFloat = 1e-6
     """Added to the deviation of rewards."""
+    conflict: float = Field(0.0, ge=0, le=1)
+    """decoupled: a response whose terms a of single rewards have both signs, and |sum of a| below this part of the sum
+    of |a|, has no loss, and the others of its group are multiplied by their share of it (GD²PO, with 0.2)."""
+    group_weight: Literal["none", "difficulty"] = "none"
+    """What advantages are multiplied by. difficulty: groups with fewer right responses weigh more, and those whose
+    rewards are all equal have no loss (MathForge, arXiv 2601.20614)."""
+    difficulty_temperature: PositiveFloat = 2.0
+    """difficulty: of the softmax over the step's groups, by their shares of right responses."""
     policy_loss: Literal["ppo_clip", "decoupled_gradient", "sequence_clip", "clipped_weight"] = "ppo_clip"
     """Of a token. ppo_clip: no gradient outside the clip range; decoupled_gradient: one that decays there (arXiv
     2603.14389); sequence_clip: ppo_clip of the response's mean log-ratio (GSPO, arXiv 2507.18071); clipped_weight:
@@ -364,7 +390,11 @@ class Data(Section):
 
 class Reward(Section):
     grader: Text = "math"
-    """math (math-verify), exact, or module:function taking (response: str, answer: str, row: dict) -> float."""
+    """math (math-verify), exact, or module:function taking (response: str, answer: str, row: dict) -> float, or what
+    weights says."""
+    weights: Weights = {}
+    """{name: weight} of several rewards: the grader, one of your own, returns {name: number} with these names, and a
+    response's reward is the weighted sum; 0 makes a metric only. Empty or null: the grader returns one number."""
     timeout_s: Seconds = 10
     """Time that one grading may compute (of the processor) or wait (of the clock) before its sample gets reward 0."""
     workers: Count = 2
@@ -574,10 +604,12 @@ def _anchored(path: Any, folder: Path) -> Any:
 
 @functools.cache
 def _kinds(section: type) -> dict[str, set[type]]:
-    """The types that each setting may be of, NoneType among them; str for a choice, and tuple for several of them."""
+    """The types that each setting may be of, NoneType among them; str for a choice, tuple for several of them, and dict
+    whatever it holds."""
     found = {}
     for name, hint in get_type_hints(section).items():
-        kinds = (tuple, get_args(hint)[0]) if get_origin(hint) is tuple else get_args(hint) or (hint,)
+        several = {tuple: (tuple, *get_args(hint)[:1]), dict: (dict,)}
+        kinds = several.get(get_origin(hint)) or get_args(hint) or (hint,)
         found[name] = {str if isinstance(kind, str) else kind for kind in kinds}
     return found
 

@@ -53,6 +53,7 @@ def check(
         _check_rewards(config, command, tokenizer)
     if command == "train":
         _check_warmup(config)
+        _check_advantages(config)
     if command == "eval" and not config.data.eval:
         raise UsageError("data.eval is missing: give the file of problems to evaluate on")
     _check_checkpoints(config.checkpoint)
@@ -169,6 +170,22 @@ def _check_rollouts(config: Config) -> None:
         _check_address(config, address)
     if len(set(servers.addresses)) < len(servers.addresses):
         raise UsageError("servers.addresses names a server twice")
+
+
+def _check_advantages(config: Config) -> None:
+    """What decoupled rewards need."""
+    if config.algorithm.advantage != "decoupled":
+        return
+    if not config.reward.weights:
+        raise UsageError(
+            "algorithm.advantage=decoupled compares several rewards, and reward.weights names none; give them, such as "
+            "reward.weights={right: 1, format: 0.2}, and a grader that returns them"
+        )
+    if config.reward.overlong == "punish":
+        raise UsageError(
+            "reward.overlong=punish changes the sum of rewards, which algorithm.advantage=decoupled does not look at; "
+            "use filter, or let the grader return a reward of its own for length"
+        )
 
 
 def _check_shaping(config: Config) -> None:

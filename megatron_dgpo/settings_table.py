@@ -50,6 +50,8 @@ def _type(hint: Any, bounds: dict[str, str]) -> str:
         return " or ".join(f"`{choice}`" for choice in get_args(hint))
     if get_origin(hint) is tuple:
         return f"list of {_type(get_args(hint)[0], {})}s"
+    if get_origin(hint) is dict:
+        return f"mapping of names to {_type(get_args(hint)[1], {})}s"
     return ", ".join([_NAMES[hint], *bounds.values()])
 
 

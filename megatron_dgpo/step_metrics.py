@@ -96,11 +96,13 @@ def _response_metrics(responses: list[Response], step: int) -> dict[str, float]:
         sum(r.finish_reason == "length" for r in responses),
         sum(r.failure is not None for r in responses),
     )
-    shares = all_gathered((sums, _tokens_by_lag(responses, step)), data_group())
-    count, reward, correct, tokens, cut, failed = map(sum, zip(*(sums for sums, _ in shares), strict=True))
-    lags: Counter[int] = sum((lags for _, lags in shares), Counter())
+    shares = all_gathered((sums, _tokens_by_lag(responses, step), _sums_of_rewards(responses)), data_group())
+    count, reward, correct, tokens, cut, failed = map(sum, zip(*(sums for sums, *_ in shares), strict=True))
+    lags: Counter[int] = sum((lags for _, lags, _ in shares), Counter())
+    names = dict.fromkeys(name for *_, rewards in shares for name in rewards)
     return {
         "rollout/reward": reward / count,
+        **{f"rollout/reward/{name}": sum(found.get(name, 0.0) for *_, found in shares) / count for name in names},
         "rollout/accuracy": correct / count,
         "rollout/response_length": tokens / count,
         "rollout/tokens": float(tokens),
@@ -112,6 +114,12 @@ def _response_metrics(responses: list[Response], step: int) -> dict[str, float]:
             f"rollout/tokens_at_lag_{lag}": number / max(tokens, 1) for lag, number in sorted(lags.items()) if any(lags)
         },
     }
+
+
+def _sums_of_rewards(responses: list[Response]) -> dict[str, float]:
+    """Of several rewards."""
+    names = responses[0].components if responses else ()
+    return {name: sum(response.components[name] for response in responses) for name in names}
 
 
 def _tokens_by_lag(responses: list[Response], step: int) -> Counter[int]:

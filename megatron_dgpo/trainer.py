@@ -10,11 +10,10 @@ from dataclasses import replace
 
 import torch
 
-from megatron_dgpo.algorithm.advantages import group_advantages, over_step
 from megatron_dgpo.algorithm.objective import Objective
+from megatron_dgpo.algorithm.outcome import Outcome, step_advantages
 from megatron_dgpo.algorithm.record import CreditRecord, file_of_credit
 from megatron_dgpo.algorithm.resolve import resolved_algorithm
-from megatron_dgpo.algorithm.shaping import shape_rewards
 from megatron_dgpo.config import Config
 from megatron_dgpo.data import end_tokens, load_prompts, load_tokenizer
 from megatron_dgpo.evaluation import evaluate, load_sets
@@ -161,41 +160,40 @@ def shared_out(session: Session, groups: dict[int, list[Response]], step: int) -
     """
 
     def mine() -> list[list[list[TrainingSequence]]]:
-        own = {
-            position: training_sequences(session.config, position, group, step) for position, group in groups.items()
-        }
+        config = session.config
+        own = {position: training_sequences(config, position, group, step) for position, group in groups.items()}
         found = {position: group for share in all_gathered(own, data_group()) for position, group in share.items()}
-        sequences = [sequence for position in sorted(found) for sequence in found[position]]
-        if session.config.algorithm.advantage == "batch_std":
-            centred = torch.tensor([sequence.advantage for sequence in sequences])
-            advantages = over_step(centred, session.config.algorithm.advantage_eps).tolist()
-            sequences = [replace(s, advantage=a) for s, a in zip(sequences, advantages, strict=True)]
-        size = len(sequences) // session.config.batch.minibatches
+        sequences = compared([pair for position in sorted(found) for pair in found[position]], config)
+        size = len(sequences) // config.batch.minibatches
         parts = [sequences[first : first + size] for first in range(0, len(sequences), size)]
         return [session.shares(part)[replica()[0]] for part in parts]
 
     return from_leader(mine)
 
 
-def training_sequences(config: Config, position: int, responses: list[Response], step: int) -> list[TrainingSequence]:
-    """The responses of one group with their advantages, and whether they count."""
-    settings = config.algorithm
-    lengths = torch.tensor([len(r.token_ids) for r in responses])
-    rewards, counted = shape_rewards(
-        torch.tensor([r.reward for r in responses], dtype=torch.float64),
-        lengths,
-        torch.tensor([r.finish_reason == "length" for r in responses]),
-        config.reward.overlong,
-        config.rollout.max_response_tokens,
-        config.reward.overlong_buffer_tokens,
-    )
-    advantages = group_advantages(
-        rewards, config.rollout.group_size, settings.advantage, settings.advantage_eps, lengths
-    )
-    rows = zip(responses, advantages.tolist(), counted.tolist(), strict=True)
+def compared(step: list[tuple[TrainingSequence, Outcome]], config: Config) -> list[TrainingSequence]:
+    """All of a step's sequences with their advantages, and whether they count."""
+    advantages, counted = step_advantages([outcome for _, outcome in step], config)
+    rows = zip(step, advantages.tolist(), counted.tolist(), strict=True)
+    return [replace(sequence, advantage=advantage, counted=counts) for (sequence, _), advantage, counts in rows]
+
+
+def training_sequences(
+    config: Config, position: int, responses: list[Response], step: int
+) -> list[tuple[TrainingSequence, Outcome]]:
+    """The responses of one group, each without an advantage yet, and what came of it."""
     return [
-        TrainingSequence.of(
-            r.prompt.token_ids, r.token_ids, advantage, r.logprobs, counts, r.lags(step - 1), (position, place)
+        (
+            TrainingSequence.of(
+                r.prompt.token_ids, r.token_ids, 0.0, r.logprobs, True, r.lags(step - 1), (position, place)
+            ),
+            Outcome(
+                r.reward,
+                tuple(r.components[name] for name in config.reward.weights),
+                r.correct,
+                len(r.token_ids),
+                r.finish_reason == "length",
+            ),
         )
-        for place, (r, advantage, counts) in enumerate(rows)
+        for place, r in enumerate(responses)
     ]

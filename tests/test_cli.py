@@ -282,6 +282,17 @@ def test_staleness_that_cannot_be(case, capsys, overrides, expected):
     case.fails(capsys, expected, "rollout.max_staleness=2", "run.steps=9", *overrides)
 
 
+def test_rewards_that_cannot_be_decoupled(case, capsys):
+    decoupled, weights = "algorithm.advantage=decoupled", "reward.weights={right: 1, brief: 0.5}"
+    own = "reward.grader=tests.rewards.graders:several"
+    expected = [decoupled, "reward.weights names none", "reward.weights={right: 1, format: 0.2}"]
+    case.fails(capsys, expected, decoupled, own)
+    expected = ["reward.overlong=punish", decoupled, "use filter"]
+    case.fails(capsys, expected, decoupled, own, weights, "reward.overlong=punish")
+    expected = ["reward.grader=exact gives one number", "reward.weights are for right, brief", "module:function"]
+    case.fails(capsys, expected, weights)
+
+
 def test_responses_of_an_evaluation_that_are_all_the_same(case, capsys):
     expected = ["eval.samples=8 with eval.temperature=0", "set eval.samples=1, or a temperature such as 1"]
     case.fails(capsys, expected, "eval.samples=8")

@@ -319,6 +319,11 @@ def test_every_setting_has_a_stage():
         ({"algorithm": {"tau": 0.1, "policy_loss": "sequence_clip"}}, ("2 stages", "credit (algorithm.tau)")),
         ({"optimizer": {"lr": 1e-5}, "batch": {"minibatches": 2}}, None),
         ({"optimizer": {"lr": 1e-5}, "rollout": {"group_size": 4}}, ("2 stages", "sampling (rollout.group_size)")),
+        ({"reward": {"grader": "a:b", "weights": {"right": 1.0}}}, None),
+        (
+            {"reward": {"weights": {"right": 1.0}}, "algorithm": {"advantage": "decoupled", "conflict": 0.2}},
+            ("2 stages", "reward (reward.weights)", "advantage (algorithm.advantage, algorithm.conflict)"),
+        ),
         ({"data": {"train": "/other.jsonl"}}, ("data (data.train)", "same problems")),
         ({"data": {"eval": ["/a.jsonl", "/b.jsonl"]}}, ("data (data.eval)", "same problems")),
         ({"model": {"reference": "/other"}}, ("model (model.reference)", "start")),

@@ -102,6 +102,18 @@ def test_other_values_are_yaml(load):
     assert (config.optimizer.lr, config.run.steps) == (1e-5, 1000)
 
 
+def test_weights_of_rewards(load):
+    expected = {"right": 1.0, "format_2": -0.25, "watched": 0.0}
+    flow = "{right: 1, format_2: -2.5e-1, watched: 0}"
+    config = load(f"reward.weights={flow}")
+    assert config.reward.weights == expected and list(config.reward.weights) == list(expected)
+    assert load(text=f"{BASE}reward: {{weights: {flow}}}").reward.weights == expected
+    for nothing in ("null", "{}"):
+        assert load(f"reward.weights={nothing}", text=f"{BASE}reward: {{weights: {flow}}}").reward.weights == {}
+        assert load(text=f"{BASE}reward: {{weights: {nothing}}}").reward.weights == {}
+    assert load().reward.weights == {}
+
+
 def test_later_files_and_settings_win(load, tmp_path):
     (tmp_path / "more").mkdir()
     first, second = tmp_path / "more" / "first.yaml", tmp_path / "second.yml"
@@ -129,6 +141,7 @@ def test_what_is_written_is_what_a_run_has(load, tmp_path, monkeypatch):
         "data.template=null",
         "data.prompt_field=1:30",
         "reward.overlong=filter",
+        "reward.weights={b: 1, a: 0.5}",
         "data.chat=true",
         "data.eval=[one.jsonl, ~/two.jsonl]",
     )
@@ -200,10 +213,17 @@ def test_no_setting_is_infinite(load, name):
         ("data.eval=[a/test.jsonl, b/test.parquet]", "two sets have the name 'test', their file's: give one of the"),
         ("eval.top_p=0", "eval.top_p='0': input should be greater than 0"),
         ("eval.top_p=1.1", "less than or equal to 1"),
+        ("reward.weights=right", "reward.weights='right': input should be a valid dictionary"),
+        ("reward.weights={right: x}", "reward.weights.right='x': input should be a valid number"),
+        ("reward.weights={right: inf}", "reward.weights.right='inf': input should be a finite number"),
+        ("reward.weights={right: }", "reward.weights.right=None: input should be a valid number"),
+        ("reward.weights={a b: 1}", "a reward cannot be named 'a b': use letters, digits and _"),
+        ("reward.weights={größe: 1}", "a reward cannot be named 'größe'"),
+        ("reward.weights={a: 0, b: 0}", "all weights are 0: nothing would be trained for"),
         ("run=5", "expected section.name=value"),
         ("data.template.x=5", "expected section.name=value"),
     ],
-    ids=range(23),
+    ids=range(30),
 )
 def test_an_override_that_cannot_be_meant(load, override, expected):
     message = refusal(load, override)

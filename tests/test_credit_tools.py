@@ -198,6 +198,25 @@ def test_without_a_reference_there_are_the_rules_that_need_none(model, tmp_path)
     assert sweep_credit.main([str(tmp_path), "--out", str(tmp_path / "sweep")]) == 0
 
 
+def test_several_rewards_change_nothing_here(model, tmp_path):
+    """Beside the settings."""
+    run = record(tmp_path / "run", model, tau=0.05)
+    before, _ = inspected(run, tmp_path / "before.html", "--step", "1")
+    found = swept(run)
+    for file in (run / "rollouts").glob("*.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        several = [row | {"components": {"right": row["reward"], "brief": 0.25}} for row in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in several))
+    weights = {"weights": {"right": 1.0, "brief": 0.0}}
+    config = make_config(model, run={"dir": str(run)}, algorithm={"tau": 0.05}, reward=weights)
+    (run / "config.yaml").write_text(config_text(config))
+    assert swept(run) == found
+    assert inspected(run, tmp_path / "after.html", "--step", "1")[0] == before
+    assert {tuple(r.components.items()) for r in read_step(open_run(run), 1).responses} == {
+        (("right", right), ("brief", 0.25)) for right in (0.0, 1.0)
+    }
+
+
 # Text
 
 

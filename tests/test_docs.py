@@ -23,11 +23,12 @@ _LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
 def undocumented(metrics) -> set[str]:
-    """Of the names of metrics, those that docs/metrics.md does not have; N there stands for any number, and eval/ for
-    any set's."""
+    """Of the names of metrics, those that docs/metrics.md does not have; N there stands for any number, NAME for any
+    reward's name, and eval/ for any set's."""
     rows = [line.split("|")[1] for line in (ROOT / "docs" / "metrics.md").read_text().splitlines() if "|" in line]
     known = {name for row in rows for name in re.findall(r"`([\w/]+)`", row)}
-    named = {name: re.sub(r"_\d+$", "_N", re.sub("^eval/.*/", "eval/", name)) for name in metrics}
+    named = {name: re.sub("^rollout/reward/.*", "rollout/reward/NAME", name) for name in metrics}
+    named = {name: re.sub(r"_\d+$", "_N", re.sub("^eval/.*/", "eval/", row)) for name, row in named.items()}
     return {name for name, row in named.items() if row not in known} - {"step"}
 
 
@@ -76,5 +77,5 @@ def test_a_wrong_name_is_found():
 
 def test_a_metric_that_is_not_on_the_page_is_found():
     known = ["step", "eval/pass_at_8", "eval/aime24/accuracy", "rollout/tokens_at_lag_0", "policy/clip_high"]
-    known += ["time/step_s"]
+    known += ["time/step_s", "rollout/reward/right", "rollout/reward/of_format_2"]
     assert undocumented([*known, "policy/clip_height", "eval/pass_at_k"]) == {"policy/clip_height", "eval/pass_at_k"}

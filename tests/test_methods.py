@@ -14,10 +14,11 @@ from tools.tiny_models import make_tiny_model
 
 PRESETS = sorted((Path(__file__).parents[1] / "examples" / "algorithms").glob("*.yaml"))
 GROUP, LIMIT = 4, 12
+WEIGHTS = {"right": 1.0, "brief": 0.5}
 
 
 def made_up_responses():
-    """Of four prompts, in whose groups rewards and lengths differ; some responses are cut off."""
+    """Of four prompts, in whose groups both rewards and lengths differ; some responses are cut off."""
     from megatron_dgpo.rollout.response import Prompt, Response
 
     draw = torch.Generator().manual_seed(5)
@@ -29,8 +30,10 @@ def made_up_responses():
             tokens = torch.randint(3, 131, (length,), generator=draw).tolist()
             logprobs = (-5 + torch.rand(length, generator=draw)).tolist()
             reason = "length" if length == LIMIT else "stop"
-            reward = float((index + place) % 3 == 0)
-            found.append(Response(prompt, tokens, logprobs, reason, [[0, 0, length]], reward=reward))
+            components = {"right": float((index + place) % 3 == 0), "brief": (LIMIT - length) / LIMIT}
+            reward = sum(WEIGHTS[name] * components[name] for name in WEIGHTS)
+            versions = [[0, 0, length]]
+            found.append(Response(prompt, tokens, logprobs, reason, versions, reward=reward, components=components))
     return found
 
 
@@ -81,6 +84,7 @@ def config(tmp_path_factory):
         "optimizer": {"lr": 1e-3},
         "rollout": {"group_size": GROUP, "max_response_tokens": LIMIT, "context_tokens": 32},
         "data": {"train": "none"},
+        "reward": {"grader": "module:function", "weights": WEIGHTS},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -107,10 +111,15 @@ def test_every_method_on_one_replica_and_on_two(config):
     assert tflop["dapo"] * 5 == pytest.approx(tflop["dgpo"] * 4) and tflop["dgpo"] > 0
     assert alone["dgpo_calibrated"][0]["credit/effective_share"] == pytest.approx(0.8, abs=1e-3)
     assert "policy/reference_kl" in alone["grpo"][0] and "policy/reference_kl" not in alone["dapo"][0]
-    assert alone["dapo"][0]["policy/counted_share"] == 1
+    assert alone["dapo"][0]["policy/counted_share"] == alone["gdpo"][0]["policy/counted_share"] == 1
+    assert 0.5 < alone["gd2po"][0]["policy/counted_share"] < 1
+    for name, mean in (("right", 6 / 16), ("brief", sum(r.components["brief"] for r in made_up_responses()) / 16)):
+        assert alone["gdpo"][0][f"rollout/reward/{name}"] == pytest.approx(mean)
+        assert shared[1]["gdpo"][0][f"rollout/reward/{name}"] == pytest.approx(mean)
 
 
-RECORDED = [preset for preset in PRESETS if preset.stem in ("dgpo", "dgpo_calibrated", "fipo")]
+DGPO = ("dgpo", "dgpo_calibrated")
+RECORDED = [preset for preset in PRESETS if preset.stem in (*DGPO, "fipo", "gd2po", "mathforge")]
 
 
 def recorded(config, folder, world_size, *overrides):
@@ -134,7 +143,7 @@ def test_what_credit_is_made_of_is_recorded_whatever_the_layout(config, recorded
             other = expected[key]
             assert (response.advantage, response.counted) == (other.advantage, other.counted)
             assert response.tokens.keys() == other.tokens.keys()
-            assert ("deviation" in response.tokens) == (name != "fipo")
+            assert ("deviation" in response.tokens) == (name in DGPO)
             for column, values in response.tokens.items():
                 # The second minibatch is of the weights that the first one made.
                 assert values == pytest.approx(other.tokens[column], rel=2e-3, abs=2e-3), (name, key, column)
@@ -185,25 +194,17 @@ def test_a_record_that_is_not_there_or_not_whole_is_one_sentence(recorded_alone,
 
 
 def test_overlong_responses_are_compared_with_and_not_trained_on():
-    from megatron_dgpo.trainer import training_sequences
+    from megatron_dgpo.trainer import compared, training_sequences
 
     responses = made_up_responses()
     cut_off = [response.finish_reason == "length" for response in responses]
     assert 0 < sum(cut_off) < len(responses)
     rollout = {"group_size": GROUP, "max_response_tokens": LIMIT}
-    found = {
-        how: [
-            sequence
-            for position in range(4)
-            for sequence in training_sequences(
-                make_config("none", rollout=rollout, reward={"overlong": how}),
-                position,
-                responses[position * GROUP : (position + 1) * GROUP],
-                1,
-            )
-        ]
-        for how in ("none", "filter", "punish")
-    }
+    found = {}
+    for how in ("none", "filter", "punish"):
+        config = make_config("none", rollout=rollout, reward={"overlong": how})
+        groups = [training_sequences(config, i, responses[i * GROUP : (i + 1) * GROUP], 1) for i in range(4)]
+        found[how] = compared([pair for group in groups for pair in group], config)
     assert [not sequence.counted for sequence in found["filter"]] == cut_off
     assert all(sequence.counted for how in ("none", "punish") for sequence in found[how])
     advantages = {how: [sequence.advantage for sequence in found[how]] for how in found}

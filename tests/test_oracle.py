@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_dgpo.algorithm.outcome import Outcome, step_advantages
 from megatron_dgpo.config import Algorithm
 from tests.layouts import LAYOUTS, MIXTURE_LAYOUTS, make_config
 from tests.ranks import run_ranks
-from tools.oracle import Row, dense_step
+from tools.oracle import Row, advantages, dense_step
 from tools.tiny_models import FAMILIES, MIXTURES, make_tiny_model
 
 VOCAB = 131
@@ -163,6 +164,43 @@ def test_a_later_minibatch_equals_the_oracle(models, layout):
     algorithms = {by: dict(tau=0.02, scored_by=by, kl="k3", kl_coefficient=0.1) for by in ("old", "current")}
     algorithms["FIPO"] = ALGORITHMS["FIPO"]
     check(models["qwen2"], layout, algorithms, later=True)
+
+
+WEIGHTS = {"right": 1.0, "brief": 0.7, "watched": 0.0}
+ADVANTAGES = {
+    "mean_std": dict(),
+    "batch_std": dict(advantage="batch_std"),
+    "GDPO": dict(advantage="decoupled"),
+    "GD²PO": dict(advantage="decoupled", conflict=0.2),
+    "MathForge": dict(advantage="mean_mad", group_weight="difficulty"),
+    "all of it": dict(advantage="decoupled", conflict=0.5, group_weight="difficulty", difficulty_temperature=0.5),
+}
+
+
+def outcomes():
+    """Of twelve groups of four responses: all right, all wrong, with equal sums of rewards, and others."""
+    draw = torch.Generator().manual_seed(11)
+    found = []
+    for index in range(12):
+        for right in (torch.rand(4, generator=draw) * 1.5 > index / 10).double().tolist():
+            brief, watched = torch.rand(2, generator=draw, dtype=torch.float64).tolist()
+            brief = 0.5 if index in (2, 10, 11) else brief
+            reward = right + 0.7 * brief
+            found.append(Outcome(reward, (right, brief, watched), reward >= 1, 5, False))
+    return found
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_advantages_of_a_step_equal_the_oracle(name):
+    reward = {"grader": "module:function", "weights": WEIGHTS}
+    config = make_config("none", algorithm=ADVANTAGES[name], reward=reward, rollout={"group_size": 4})
+    made = outcomes()
+    found, counted = step_advantages(made, config)
+    groups = [[(r.reward, r.components, r.correct) for r in made[first : first + 4]] for first in range(0, 48, 4)]
+    expected = [row for group in advantages(groups, config.algorithm, [*WEIGHTS.values()]) for row in group]
+    assert found.tolist() == pytest.approx([advantage for advantage, _ in expected], rel=1e-6, abs=1e-6)
+    assert counted.tolist() == [counts for _, counts in expected]
+    assert counted.all() == (name in ("mean_std", "batch_std", "GDPO")) and counted.sum() > 12
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from megatron_dgpo.stop import STOPPED
 from tests.commands import run_on_ranks
 from tests.layouts import LAYOUTS
 from tests.leftovers import left_in_shared_memory
+from tests.test_docs import undocumented
 from tools.tiny_models import make_tiny_model
 
 STEPS = 4
@@ -247,6 +248,41 @@ def test_non_finite_steps_are_skipped_and_then_stop_the_run(recorded, tmp_path):
     assert "3 optimizer steps in a row had a non-finite loss or gradient" in result.stderr
     assert "skipped" in result.stdout
     assert not (tmp_path / "run" / "hf").exists()
+
+
+def test_several_rewards_are_trained_for(recorded, tmp_path):
+    """Replayed on two replicas, and weighed anew."""
+    rollouts = tmp_path / "rollouts"
+    shutil.copytree(recorded / "rollouts", rollouts)
+    for file in rollouts.iterdir():
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for place, row in enumerate(rows):
+            row["components"] = {"right": row["reward"], "brief": (5 * place % 8) / 8}
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sections = dict(
+        run={"steps": 1},
+        rollout={"replay": str(rollouts)},
+        algorithm={"credit": "uniform", "advantage": "decoupled", "conflict": 0.2, "group_weight": "difficulty"},
+        reward={"grader": "tests.rewards.graders:several", "weights": {"brief": 0.5, "right": 1}},
+    )
+    config = write_config(recorded, tmp_path / "run", {"data": 2}, **sections)
+    run(config)
+    [_, row] = read_metrics(tmp_path / "run" / "metrics" / "train.jsonl")
+    right, brief = row["rollout/reward/right"], row["rollout/reward/brief"]
+    # Of 32 responses, whose numbers the halves of 8 divide evenly.
+    assert brief == pytest.approx(7 / 16) and row["rollout/accuracy"] == right
+    assert row["rollout/reward"] == pytest.approx(right + brief / 2)
+    assert row["policy/grad_norm"] > 0 and 0 < row["policy/counted_share"] < 1
+    assert not undocumented(row)
+    # A run whose rewards have other names is refused in a sentence.
+    result = subprocess.run(
+        command(config, "reward.weights={wrong: 1}", f"run.dir={tmp_path / 'other'}"),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 2
+    assert "has the rewards right, brief, and reward.weights names wrong" in result.stderr
 
 
 def test_fine_tuning_stops_after_skipped_steps_too(recorded, tmp_path):

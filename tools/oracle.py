@@ -85,6 +85,66 @@ def dense_step(
     return Oracle(total.item(), weights, revert_weight_conversion(policy, gradients))
 
 
+def advantages(groups, algorithm, weights):
+    """[(advantage, whether it counts)] a group, of a step's groups of [(reward, [several rewards], whether right)].
+
+    weights: of the several. Of `algorithm.advantage` mean_std, and what a later stage changes or is combined with.
+    """
+    found = [in_group(group, algorithm, weights) for group in groups]
+    mean, divisor = 0.0, 1.0
+    if algorithm.advantage in ("decoupled", "batch_std"):
+        kept = [value for group in found for value, counts in group if counts]
+        mean = sum(kept) / max(len(kept), 1)
+        divisor = math.sqrt(sum((a - mean) ** 2 for a in kept) / max(len(kept), 1)) + algorithm.advantage_eps
+    factors = [1.0] * len(groups)
+    if algorithm.group_weight == "difficulty":
+        factors = difficulty(groups, algorithm, weights)
+    return [
+        [((value - mean) / divisor * factor if counts else 0.0, counts and factor > 0) for value, counts in group]
+        for group, factor in zip(found, factors, strict=True)
+    ]
+
+
+def in_group(group, algorithm, weights):
+    """[(a response among its own group, whether it is in no conflict with itself)]."""
+    rewards, size, eps = [reward for reward, _, _ in group], len(group), algorithm.advantage_eps
+    mean = sum(rewards) / size
+    if algorithm.advantage == "batch_std":
+        return [(r - mean, True) for r in rewards]
+    if algorithm.advantage == "mean_mad":
+        deviation = sum(abs(r - mean) for r in rewards) / size
+        return [((r - mean) / (deviation + eps), True) for r in rewards]
+    if algorithm.advantage == "mean_std":
+        return [(a, True) for a in standard(rewards, eps)]
+    by_reward = [[c * a for a in standard([row[1][k] for row in group], eps)] for k, c in enumerate(weights)]
+    found = []
+    for terms in zip(*by_reward, strict=True):
+        torn = max(terms) > 0 > min(terms)
+        found.append((sum(terms), not torn or abs(sum(terms)) >= algorithm.conflict * sum(map(abs, terms))))
+    share = sum(counts for _, counts in found) / size
+    return [(value * share, counts) for value, counts in found]
+
+
+def standard(rewards, eps):
+    """(r − mean) / (std + eps)."""
+    mean = sum(rewards) / len(rewards)
+    deviation = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
+    return [(r - mean) / (deviation + eps) for r in rewards]
+
+
+def difficulty(groups, algorithm, weights):
+    """The weight of each group; 0 where nothing that is compared differs."""
+    powers = []
+    for group in groups:
+        compared = [row[0] for row in group]
+        if algorithm.advantage == "decoupled":
+            compared = [[r for r, c in zip(row[1], weights, strict=True) if c] for row in group]
+        share = sum(right for _, _, right in group) / len(group)
+        same = all(values == compared[0] for values in compared)
+        powers.append(0.0 if same else math.exp(-(share or 1.0) / algorithm.difficulty_temperature))
+    return [sum(power > 0 for power in powers) * power / (sum(powers) or 1.0) for power in powers]
+
+
 def credit(algorithm, log_pi, log_rho, log_ratios, advantage, vocab_size):
     """[T] weights of a response. log_pi, log_rho: [T, V]; log_ratios: T numbers."""
     if algorithm.credit in ("uniform", "none"):

@@ -46,4 +46,17 @@ def without_effect(config: Config) -> list[str]:
         found.append(f"algorithm.correction={algorithm.correction} has no effect with algorithm.old_logprobs=sampled")
     if algorithm.credit == "future_kl" and algorithm.scored_by == "old":
         found.append("algorithm.credit=future_kl has no effect with algorithm.scored_by=old: all ratios are 1")
+    return found + _without_effect_on_advantages(config)
+
+
+def _without_effect_on_advantages(config: Config) -> list[str]:
+    algorithm, plain, weights = config.algorithm, Algorithm(), config.reward.weights
+    found = []
+    if algorithm.conflict and algorithm.advantage != "decoupled":
+        found.append(f"algorithm.conflict={algorithm.conflict} has no effect but with algorithm.advantage=decoupled")
+    elif algorithm.conflict and sum(weight != 0 for weight in weights.values()) == 1:
+        found.append(f"algorithm.conflict={algorithm.conflict} has no effect: one reward is in no conflict with itself")
+    temperature = algorithm.difficulty_temperature
+    if temperature != plain.difficulty_temperature and algorithm.group_weight == "none":
+        found.append(f"algorithm.difficulty_temperature={temperature} has no effect with algorithm.group_weight=none")
     return found

@@ -1,5 +1,7 @@
 """Graders: (response, answer, row) -> reward. They run in worker processes (`worker.py`), never in the trainer.
 
+One of the user's own may return several rewards, {name: number} with the names of `reward.weights`.
+
 The answer of a response is its last \\boxed{} (boxes side by side are one list) or else its last line, of which what
 follows `####` or "answer (is)" counts. Of a last line that is a sentence without such a mark, `math` takes the only
 expression, or the one after its `=` or "is". Nothing else in the response counts, and headings change nothing.
@@ -15,13 +17,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.rewards.answer import expected_answer, given_answer, stated_answer
 from megatron_dgpo.rewards.equality import parse_expected, same
 
-Grader = Callable[[str, str, dict], float]
+Grader = Callable[[str, str, dict], float | dict[str, float]]
 
 
 def exact(response: str, answer: str, row: dict) -> float:
@@ -39,9 +41,20 @@ def math(response: str, answer: str, row: dict) -> float:
 GRADERS: dict[str, Grader] = {"math": math, "exact": exact}
 
 
-def check_grader_name(name: str) -> None:
-    """Raises UsageError for a name that is neither built in nor written module:function. Imports nothing."""
+def weighted_sum(rewards: dict[str, float], weights: dict[str, float]) -> float:
+    """The one number that several rewards are where one is asked for. Both have the same names."""
+    return sum(weight * rewards[name] for name, weight in weights.items())
+
+
+def check_grader_name(name: str, weights: Collection[str] = ()) -> None:
+    """Raises UsageError for a name that is neither built in nor written module:function, and for a built-in one where
+    several rewards have `weights`. Imports nothing."""
     module, separator, function = name.partition(":")
+    if name in GRADERS and weights:
+        raise UsageError(
+            f"reward.grader={name} gives one number, and reward.weights are for {', '.join(weights)}: give a grader of "
+            "your own that returns these (module:function), or set reward.weights=null"
+        )
     if name in GRADERS or (module and function.isidentifier()):
         return
     near = difflib.get_close_matches(name, GRADERS, n=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -12,14 +13,14 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import cast
+from typing import Any, cast
 
 from megatron_dgpo.config import Reward
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.rewards.answer import expected_answer
-from megatron_dgpo.rewards.grade import GRADERS, check_grader_name
+from megatron_dgpo.rewards.grade import GRADERS, check_grader_name, weighted_sum
 
 # From starting Python to a loaded grader; math-verify takes half a second, a user's module may load a model.
 _START_LIMIT_S = 120
@@ -38,11 +39,14 @@ logger = logging.getLogger(__name__)
 class Score:
     """A reward; `failure` says why the grader gave none (the reward is then 0), as "kind: reason".
 
-    Kinds: timeout, crash, error (it raised), not_a_number (anything but a finite number).
+    Kinds: timeout, crash, error (it raised), not_a_number (anything but a finite number, or one for each of
+    reward.weights).
     """
 
     reward: float
     failure: str | None = None
+    components: dict[str, float] = field(default_factory=dict)
+    """Several rewards in the order of reward.weights, of which `reward` is the weighted sum; all 0 after a failure."""
 
     @property
     def failure_kind(self) -> str | None:
@@ -75,7 +79,7 @@ class GraderPool:
     """
 
     def __init__(self, config: Reward) -> None:
-        check_grader_name(config.grader)
+        check_grader_name(config.grader, config.weights)
         self._config = config
         self._failed_starts = 0
         self.failures: Counter[str] = Counter()
@@ -84,7 +88,7 @@ class GraderPool:
         self._workers: list[_Worker] = []
         try:
             for _ in range(config.workers):
-                self._workers.append(_Worker(config.grader))
+                self._workers.append(_Worker(config))
             while not all(worker.ready for worker in self._workers):
                 self._wait()
                 if self._failed_starts:
@@ -196,8 +200,7 @@ class GraderPool:
                 worker.ready, self._failed_starts = True, 0
                 continue
             if worker.item is not None:
-                score = Score(float(value)) if kind == "reward" else Score(0.0, f"{kind}: {value}")
-                scored.append((*worker.item, score))
+                scored.append((*worker.item, self._score(kind, value)))
                 worker.item = None
             else:
                 self._failed_starts += 1
@@ -208,9 +211,20 @@ class GraderPool:
                 self._replace(worker)
         return scored
 
+    def _score(self, kind: str, value: Any) -> Score:
+        weights = self._config.weights
+        if kind != "reward":
+            return Score(0.0, f"{kind}: {value}", dict.fromkeys(weights, 0.0))
+        if not weights:
+            return Score(float(value))
+        total = weighted_sum(value, weights)
+        if not math.isfinite(total):
+            return self._score("not_a_number", f"returned {value}, whose weighted sum is {total}")
+        return Score(total, None, value)
+
     def _replace(self, worker: _Worker) -> None:
         worker.kill()
-        self._workers[self._workers.index(worker)] = _Worker(self._config.grader)
+        self._workers[self._workers.index(worker)] = _Worker(self._config)
 
     def report(self, scores: Sequence[Score], indices: Sequence[int]) -> None:
         """Count and log those without a reward. indices: of their prompts."""
@@ -226,11 +240,11 @@ class GraderPool:
 class _Worker:
     """A grader process in a session of its own, what it works on and until when."""
 
-    def __init__(self, grader: str) -> None:
+    def __init__(self, config: Reward) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             environment = {k: v for k, v in os.environ.items() if not k.startswith(_NOT_INHERITED)}
-            arguments = [str(theirs.fileno()), str(os.getpid()), grader]
+            arguments = [str(theirs.fileno()), str(os.getpid()), config.grader, *config.weights]
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "megatron_dgpo.rewards.worker", *arguments],
                 env=environment | {"OMP_NUM_THREADS": "1"},
@@ -281,7 +295,7 @@ class _Worker:
         # proc(5), from the third field on: state, and user and system time as the 14th and 15th.
         return fields[0] == "R", (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    def hear(self) -> tuple[str, float | str]:
+    def hear(self) -> tuple[str, Any]:
         try:
             kind, value = json.loads(self.connection.recv_bytes())
         except (EOFError, OSError, ValueError):

@@ -1,9 +1,9 @@
-"""One grader process: `python -m megatron_dgpo.rewards.worker SOCKET PARENT GRADER`.
+"""One grader process: `python -m megatron_dgpo.rewards.worker SOCKET PARENT GRADER [NAME ...]`.
 
 Imports neither torch nor anything of the trainer. Messages, over the inherited socket with this descriptor: in come
 pickled (response, answer, row); out go JSON lists, because the trainer must not unpickle what a user's grader made:
 ["ready", ""] or ["refused", reason] once, then ["reward", number], ["error", reason] or ["not_a_number", reason] for
-each item.
+each item. With NAMEs the grader returns a number for each of them, and the reward is {NAME: number} in their order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import os
 import reprlib
 import signal
 import sys
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from typing import Any
 
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.rewards.grade import Grader, load_grader
@@ -26,7 +28,10 @@ _PR_SET_PDEATHSIG = 1
 _LONGEST_REASON = 300
 
 
-def main(descriptor: int, parent: int, name: str) -> None:
+Reward = float | dict[str, float]
+
+
+def main(descriptor: int, parent: int, name: str, rewards: Sequence[str]) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # It died before the line above.
         return
@@ -49,24 +54,32 @@ def main(descriptor: int, parent: int, name: str) -> None:
             response, answer, row = connection.recv()
         except EOFError:
             return
-        _send(connection, *_grade(grader, response, answer, row))
+        _send(connection, *_grade(grader, rewards, response, answer, row))
 
 
-def _grade(grader: Grader, response: str, answer: str, row: dict) -> tuple[str, float | str]:
+def _grade(grader: Grader, names: Sequence[str], response: str, answer: str, row: dict) -> tuple[str, Reward | str]:
     try:
-        value = grader(response, answer, row)
-        if isinstance(value, numbers.Real) and math.isfinite(value):
+        value: Any = grader(response, answer, row)
+        if not names and _is_finite(value):
             return "reward", float(value)
-        return "not_a_number", f"returned {reprlib.repr(value)}, not a finite number"
+        if names and isinstance(value, dict) and value.keys() == set(names) and all(map(_is_finite, value.values())):
+            return "reward", {name: float(value[name]) for name in names}
+        expected = f"a finite number for each of {', '.join(names)} (reward.weights)" if names else "a finite number"
+        hint = "; several need reward.weights" if isinstance(value, dict) and not names else ""
+        return "not_a_number", f"returned {reprlib.repr(value)}, not {expected}{hint}"
     except BaseException as error:
         return "error", f"raised {type(error).__name__}: {error}"[:_LONGEST_REASON]
 
 
-def _send(connection: Connection, kind: str, value: float | str = "") -> None:
+def _is_finite(value: object) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+def _send(connection: Connection, kind: str, value: Reward | str = "") -> None:
     connection.send_bytes(json.dumps([kind, value]).encode())
 
 
 if __name__ == "__main__":
     # What graders print belongs with the messages of the process that started this one, not in its output.
     os.dup2(2, 1)
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])

@@ -154,7 +154,7 @@ def _settings(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
         "rollout": ("prompts_per_step", "group_size", "temperature", "max_response_tokens", "context_tokens")
         + ("dynamic_sampling", "dynamic_limit"),
         "data": ("shuffle",),
-        "reward": ("grader", "overlong", "overlong_buffer_tokens"),
+        "reward": ("grader", "weights", "overlong", "overlong_buffer_tokens"),
     }
     if config.optimizer.schedule != "constant":
         kept["run"] = ("seed", "steps")

@@ -233,6 +233,8 @@ class Producer:
         items = [(text, r.prompt.answer, r.prompt.row) for r, text in zip(responses, texts, strict=True)]
         scores = await asyncio.wrap_future(self._graders.submit(items, [r.prompt.index for r in responses]))
         return [
-            dataclasses.replace(response, text=text, reward=score.reward, failure=score.failure)
+            dataclasses.replace(
+                response, text=text, reward=score.reward, failure=score.failure, components=score.components
+            )
             for response, text, score in zip(responses, texts, scores, strict=True)
         ]

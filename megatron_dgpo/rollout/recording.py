@@ -9,9 +9,10 @@ from itertools import repeat
 from pathlib import Path
 
 from megatron_dgpo.errors import UsageError
+from megatron_dgpo.rewards.grade import weighted_sum
 from megatron_dgpo.rollout.response import Prompt, Response
 
-_FIELDS = [field.name for field in dataclasses.fields(Response) if field.name != "prompt"]
+_FIELDS = [field.name for field in dataclasses.fields(Response) if field.name not in ("prompt", "components")]
 
 
 def file_of_step(folder: Path, step: int, replica: int) -> Path:
@@ -28,11 +29,13 @@ def remove_beyond(folder: Path, step: int, replicas: int) -> None:
 
 def as_row(response: Response) -> dict:
     """All of it but its prompt, as JSON holds it; log-probs survive exactly."""
-    return {name: getattr(response, name) for name in _FIELDS}
+    several = {"components": response.components} if response.components else {}
+    return {name: getattr(response, name) for name in _FIELDS} | several
 
 
 def of_row(prompt: Prompt, row: dict) -> Response:
-    return Response(prompt=prompt, **{name: row[name] for name in _FIELDS})
+    values = {name: row[name] for name in _FIELDS}
+    return Response(prompt=prompt, **values, components=row.get("components", {}))
 
 
 def write_responses(file: Path, responses: list[Response], positions: Iterable[int] | None = None) -> None:
@@ -73,3 +76,18 @@ def recorded_groups(
             )
         groups[position] = [of_row(prompt, row) for row in rows]
     return groups
+
+
+def weighed_anew(response: Response, weights: dict[str, float]) -> Response:
+    """With the sum by these weights for its reward, where it has several. Raises UsageError where their names are
+    others."""
+    names = response.components
+    if names.keys() != weights.keys():
+        has = f"has the rewards {', '.join(names)}" if names else "has one reward without a name"
+        asked = f"reward.weights names {', '.join(weights) or 'none'}"
+        advice = "give these a weight each" if names else "set it to null"
+        raise UsageError(f"rollout.replay: a recorded response {has}, and {asked}; {advice}")
+    if not weights:
+        return response
+    components = {name: names[name] for name in weights}
+    return dataclasses.replace(response, reward=weighted_sum(components, weights), components=components)

@@ -40,6 +40,8 @@ class Response:
     """0 until it is graded."""
     failure: str | None = None
     """Why a grader gave no reward."""
+    components: dict[str, float] = field(default_factory=dict)
+    """Several rewards in the order of reward.weights, of which `reward` is the weighted sum."""
 
     @property
     def correct(self) -> bool:

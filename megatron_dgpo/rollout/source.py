@@ -27,7 +27,13 @@ from megatron_dgpo.rollout import server
 from megatron_dgpo.rollout.client import FIRST
 from megatron_dgpo.rollout.journal import Journal, forget, open_journal
 from megatron_dgpo.rollout.producer import Group, Producer, Wait
-from megatron_dgpo.rollout.recording import file_of_step, recorded_groups, remove_beyond, write_responses
+from megatron_dgpo.rollout.recording import (
+    file_of_step,
+    recorded_groups,
+    remove_beyond,
+    weighed_anew,
+    write_responses,
+)
 from megatron_dgpo.rollout.response import Key, Prompt, Response, tokens_in
 from megatron_dgpo.rollout.sampler import Sampler
 from megatron_dgpo.weight_sync.sync import WeightSync
@@ -298,7 +304,15 @@ class RolloutSource(contextlib.ExitStack):
         rollout, start = self._config.rollout, progress.prompts
         expected = None if rollout.dynamic_sampling else range(start, start + rollout.prompts_per_step)
         step, size = progress.step + 1, rollout.group_size
-        groups = from_leader(lambda: recorded_groups(folder, step, self._prompt_at, size, expected))
+
+        def found() -> dict[int, list[Response]]:
+            groups, weights = (
+                recorded_groups(folder, step, self._prompt_at, size, expected),
+                self._config.reward.weights,
+            )
+            return {position: [weighed_anew(r, weights) for r in group] for position, group in groups.items()}
+
+        groups = from_leader(found)
         next_position = max(groups) + 1
         own = self._own(range(start, next_position)) if is_replica_leader() else ()
         return Taken({position: groups[position] for position in own if position in groups}, next_position)

@@ -7,7 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dgpo.algorithm.advantages import group_advantages, over_step
+from megatron_dgpo.algorithm.advantages import (
+    decoupled_advantages,
+    difficulty_weights,
+    group_advantages,
+    over_step,
+)
 from megatron_dgpo.algorithm.credit import (
     credit_concentration,
     credit_weights,
@@ -16,6 +21,7 @@ from megatron_dgpo.algorithm.credit import (
     temperatures_of_share,
 )
 from megatron_dgpo.algorithm.objective import Signal, policy_objective
+from megatron_dgpo.algorithm.outcome import Outcome, step_advantages
 from megatron_dgpo.algorithm.policy_loss import LOSSES, aggregate, at_sequence_level, divergence
 from megatron_dgpo.algorithm.resolve import without_effect
 from megatron_dgpo.algorithm.shaping import shape_rewards
@@ -59,11 +65,15 @@ def test_two_responses_have_their_sign_for_an_advantage():
 
 def test_a_step_s_deviation():
     rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 0, 0])
-    centred = group_advantages(rewards, 4, "batch_std", 1e-6)
-    whole = over_step(centred, 1e-6)
+    centred, every = group_advantages(rewards, 4, "batch_std", 1e-6), torch.ones(8, dtype=torch.bool)
+    whole = over_step(centred, every, 1e-6)
     deviation = (rewards.view(2, 4) - rewards.view(2, 4).mean(1, keepdim=True)).square().mean().sqrt()
     torch.testing.assert_close(whole, centred / deviation)
-    assert not over_step(torch.zeros(8), 1e-6).any()
+    assert not over_step(torch.zeros(8), every, 1e-6).any()
+    # What is left out is in neither mean nor deviation: of 1, 2 and 3 they are 2 and √(2/3).
+    some = over_step(torch.tensor([1.0, 9, 2, 3]), torch.tensor([True, False, True, True]), 0.0)
+    assert some.tolist() == pytest.approx([-1.2247, 0, 0, 1.2247], abs=1e-4)
+    assert not over_step(torch.ones(4), ~every[:4], 1e-6).any()
 
 
 def test_overlong_responses():
@@ -77,6 +87,140 @@ def test_overlong_responses():
     assert torch.equal(shaped, rewards) and counted.tolist() == [True, True, False]
     shaped, counted = shape_rewards(rewards, lengths, cut_off, "none", 20480)
     assert torch.equal(shaped, rewards) and counted.all()
+
+
+# Several rewards, and weights of groups
+
+
+def test_decoupled_rewards_worked_by_hand():
+    rewards, ones = torch.tensor([[1.0, 0], [1, 1], [0, 0], [0, 1]]), torch.ones(2, dtype=torch.float64)
+    total, kept = decoupled_advantages(rewards, ones, 4, 1e-6, 0.0)
+    assert total.tolist() == pytest.approx([0, 2, -2, 0], abs=1e-4) and kept.all()
+    assert over_step(total, kept, 1e-6).tolist() == pytest.approx([0, 1.4142, -1.4142, 0], abs=1e-4)
+    # The first and the fourth are pulled both ways; the others weigh the half of the group that is left.
+    total, kept = decoupled_advantages(rewards, ones, 4, 1e-6, 0.2)
+    assert kept.tolist() == [False, True, True, False]
+    assert total.tolist() == pytest.approx([0, 1, -1, 0], abs=1e-4)
+    assert over_step(total, kept, 1e-6).tolist() == pytest.approx([0, 1, -1, 0], abs=1e-4)
+    # Terms 1 and -0.7: 0.3 is below 0.2 · 1.7 = 0.34, and not below 0.1 · 1.7.
+    weights = torch.tensor([1, 0.7], dtype=torch.float64)
+    assert decoupled_advantages(rewards, weights, 4, 1e-6, 0.2)[1].tolist() == [False, True, True, False]
+    assert decoupled_advantages(rewards, weights, 4, 1e-6, 0.1)[1].all()
+    # A reward without a weight pulls nowhere.
+    weights = torch.tensor([1, 0], dtype=torch.float64)
+    assert decoupled_advantages(rewards, weights, 4, 1e-6, 1.0)[1].all()
+
+
+def test_difficulty_worked_by_hand():
+    every = torch.ones(3, dtype=torch.bool)
+    weights = difficulty_weights(torch.tensor([0.25, 0.5, 0.75]), every, 2.0)
+    assert weights.tolist() == pytest.approx([1.1273, 0.9948, 0.8779], abs=1e-4)
+    # Groups that do not differ are in no sum, and one that does without a right response counts as all right.
+    right, differing = torch.tensor([0.25, 1.0, 0.0, 0.75, 0.0]), torch.tensor([True, False, True, True, False])
+    expected = difficulty_weights(torch.tensor([0.25, 1.0, 0.75]), every, 2.0).tolist()
+    found = difficulty_weights(right, differing, 2.0).tolist()
+    assert found == pytest.approx([expected[0], 0, expected[1], expected[2], 0])
+    assert difficulty_weights(right, differing & False, 2.0).tolist() == [0] * 5
+    # The hardest takes all, and all are alike.
+    assert difficulty_weights(torch.tensor([0.25, 0.5, 0.75]), every, 1e-4).tolist() == [3, 0, 0]
+    assert difficulty_weights(torch.tensor([0.25, 0.5, 0.75]), every, 1e9).tolist() == pytest.approx([1, 1, 1])
+
+
+def compared(rewards, weights=None, correct=None, size=4, overlong="none", **algorithm):
+    """(advantages, counted) of a step's responses. rewards: [B, K], or [B] without weights."""
+    rewards = torch.as_tensor(rewards, dtype=torch.float64)
+    several = {f"r{k}": weight for k, weight in enumerate(weights or [])}
+    totals = (rewards @ torch.tensor(weights, dtype=torch.float64) if weights else rewards).tolist()
+    rows = rewards.tolist() if weights else [()] * len(rewards)
+    correct = correct or [total >= 1 for total in totals]
+    lengths = [1 + i % 7 for i in range(len(totals))]
+    made = [Outcome(t, tuple(r), c, n, n == 7) for t, r, c, n in zip(totals, rows, correct, lengths, strict=True)]
+    config = make_config(
+        "none",
+        algorithm=algorithm,
+        reward={"grader": "module:function", "weights": several, "overlong": overlong},
+        rollout={"group_size": size, "max_response_tokens": 7},
+    )
+    return step_advantages(made, config)
+
+
+def test_groups_that_are_equal_have_no_loss_beside_difficulty():
+    rewards = [1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0.5, 0, 0, 0]
+    advantages, counted = compared(rewards, advantage="mean_mad", group_weight="difficulty")
+    assert counted.tolist() == [False] * 4 + [True] * 4 + [False] * 4 + [True] * 4
+    plain, _ = compared(rewards, advantage="mean_mad")
+    [harder, easier] = torch.softmax(torch.tensor([-0.25, -1.0]) / 2, 0).tolist()
+    assert advantages.tolist() == pytest.approx(
+        [*[0] * 4, *(plain[4:8] * 2 * harder).tolist(), *[0] * 4, *(plain[12:] * 2 * easier).tolist()], abs=1e-6
+    )
+    # Decoupled, they differ where one of their rewards does, though the sum is the same.
+    rewards = [[1, 0], [0, 1], [1, 0], [0, 1], [1, 1], [1, 1], [1, 1], [1, 1]]
+    for kind, expected in (("decoupled", [True] * 4 + [False] * 4), ("mean_std", [False] * 8)):
+        found = compared(rewards, [1.0, 1.0], advantage=kind, group_weight="difficulty")
+        assert found[1].tolist() == expected
+    # Not where the one that does has no weight.
+    watched = [[1, 0], [1, 1], [1, 0], [1, 1], [1, 0], [0, 0], [0, 0], [0, 0]]
+    found = compared(watched, [1.0, 0.0], advantage="decoupled", group_weight="difficulty")
+    assert found[1].tolist() == [False] * 4 + [True] * 4
+
+
+def test_what_was_cut_off_is_compared_with_and_not_counted():
+    rewards = [[1, 0.1], [0, 0.7], [1, 0.3], [0, 0.2], [0, 0.9], [1, 0.6], [0, 0.8], [1, 0.5]]
+    plain, every = compared(rewards, [1.0, 0.5], advantage="decoupled")
+    filtered, counted = compared(rewards, [1.0, 0.5], advantage="decoupled", overlong="filter")
+    assert torch.equal(filtered, plain) and every.all()
+    assert counted.tolist() == [True] * 6 + [False, True]
+    _, kept = compared(rewards, [1.0, 0.5], advantage="decoupled", conflict=0.9)
+    _, both = compared(rewards, [1.0, 0.5], advantage="decoupled", conflict=0.9, overlong="filter")
+    assert not kept.all() and both.tolist() == (kept & counted).tolist()
+
+
+KINDS = ["mean_std", "mean", "rloo", "mean_mad", "batch_std", "best_of_group", "length_baseline"]
+
+
+@st.composite
+def rewards_of_groups(draw):
+    """[B, K] of groups of four, in some of which all are equal in one reward or all."""
+    groups, several = draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    values = torch.rand(groups, 4, several, generator=generator, dtype=torch.float64)
+    values = values.round() if draw(st.booleans()) else values
+    equal = torch.rand(groups, 1, several, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    return torch.where(equal, values[:, :1] * 1.69 + 0.11, values).view(-1, several)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rewards_of_groups(), st.sampled_from([0.0, 0.2, 1.0]), st.sampled_from(["none", "difficulty"]))
+def test_equal_rewards_and_the_order_of_groups(rewards, conflict, group_weight):
+    several = rewards.shape[1]
+    how = dict(weights=[1.0, 0.5, 0.25][:several], advantage="decoupled", conflict=conflict, group_weight=group_weight)
+    advantages, counted = compared(rewards, **how)
+    assert torch.isfinite(advantages).all()
+    groups = rewards.view(-1, 4, several)
+    equal = (groups == groups[:, :1]).all(2).all(1)
+    if conflict == 0:
+        assert not advantages.view(-1, 4)[equal].any()
+    assert not compared(torch.full_like(rewards, 0.11), **how)[0].any()
+    if group_weight == "difficulty":
+        assert not counted.view(-1, 4)[equal].any()
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(several))
+    # The lengths stay in their places: nothing here looks at them.
+    moved, also = compared(groups[order].reshape(-1, several), **how)
+    torch.testing.assert_close(moved.view(-1, 4), advantages.view(-1, 4)[order], rtol=1e-5, atol=1e-6)
+    assert torch.equal(also.view(-1, 4), counted.view(-1, 4)[order])
+
+
+@settings(max_examples=50, deadline=None)
+@given(rewards_of_groups(), st.sampled_from(KINDS), st.sampled_from(["none", "filter", "punish"]))
+def test_one_reward_of_weight_one_is_a_plain_reward(rewards, kind, overlong):
+    """Bit for bit; and decoupled it is mean_std over a deviation that all share."""
+    single = rewards[:, 0]
+    plain = compared(single, advantage=kind, overlong=overlong)
+    named = compared(single[:, None], [1.0], advantage=kind, overlong=overlong)
+    assert torch.equal(plain[0], named[0]) and torch.equal(plain[1], named[1])
+    decoupled, _ = compared(single[:, None], [1.0], advantage="decoupled")
+    mean_std = compared(single, advantage="mean_std")[0]
+    torch.testing.assert_close(decoupled, mean_std / (mean_std.square().mean().sqrt() + 1e-6), rtol=1e-5, atol=1e-6)
 
 
 # Policy losses
@@ -359,6 +503,20 @@ def test_settings_without_effect_are_named():
     assert "algorithm.correction=mask" in text
     [text] = without_effect(make_config("none", algorithm={"credit": "future_kl", "scored_by": "old"}, **several))
     assert "algorithm.credit=future_kl" in text
+
+
+def test_settings_of_advantages_without_effect_are_named():
+    decoupled = {"advantage": "decoupled", "conflict": 0.2}
+    weights = {"weights": {"right": 1, "brief": 0.5}}
+    assert without_effect(make_config("none", algorithm=decoupled, reward=weights)) == []
+    [text] = without_effect(make_config("none", algorithm={"conflict": 0.2}, reward=weights))
+    assert text == "algorithm.conflict=0.2 has no effect but with algorithm.advantage=decoupled"
+    [text] = without_effect(make_config("none", algorithm=decoupled, reward={"weights": {"right": 1, "brief": 0}}))
+    assert "algorithm.conflict=0.2 has no effect: one reward is in no conflict with itself" in text
+    [text] = without_effect(make_config("none", algorithm={"difficulty_temperature": 3}))
+    assert text == "algorithm.difficulty_temperature=3.0 has no effect with algorithm.group_weight=none"
+    difficulty = {"difficulty_temperature": 3, "group_weight": "difficulty"}
+    assert without_effect(make_config("none", algorithm=difficulty)) == []
 
 
 @pytest.mark.parametrize("name", LOSSES)

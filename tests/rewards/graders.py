@@ -68,9 +68,28 @@ BEHAVIOURS = {
     "complex": lambda answer, row: 1j,
     "rude": lambda answer, row: _Rude(),
     "bool": lambda answer, row: True,
+    "several": lambda answer, row: {"right": 1.0, "brief": 0.5},
     "numpy": lambda answer, row: numpy.float32(0.5),
     "print": _print_much,
 }
+
+
+def several(response, answer, row):
+    """Rewards called right and brief, unless the response asks for something else."""
+    if response == "good":
+        return {"brief": 1 / len(answer), "right": numpy.float32(row["right"])}
+    return {
+        "one number": 1.0,
+        "one missing": {"right": 1.0},
+        "one too many": {"right": 1.0, "brief": 0.5, "polite": 1.0},
+        "other name": {"right": 1.0, "brif": 0.5},
+        "nan": {"right": 1.0, "brief": float("nan")},
+        "none": {"right": 1.0, "brief": None},
+        "a list": [1.0, 0.5],
+        "number for a name": {1: 1.0, "brief": 0.5},
+        "beyond float64": {"right": 1.5e308, "brief": 1.5e308},
+        "rude": {"right": 1.0, "brief": _Rude()},
+    }[response]
 
 
 def environment(response, answer, row):

@@ -41,6 +41,10 @@ def pool():
         ("inf", "not_a_number: returned inf, not a finite number"),
         ("complex", "not_a_number: returned 1j, not a finite number"),
         ("rude", "not_a_number: returned <_Rude instance at "),
+        (
+            "several",
+            "not_a_number: returned {'brief': 0.5, 'right': 1.0}, not a finite number; several need reward.weights",
+        ),
     ],
 )
 def test_a_failing_grader_costs_its_own_sample_only(pool, behaviour, failure, caplog):
@@ -53,6 +57,62 @@ def test_a_failing_grader_costs_its_own_sample_only(pool, behaviour, failure, ca
     assert bad.reward == 0 and bad.failure.startswith(failure)
     assert pool.failures - before == {bad.failure_kind: 1}
     assert f"prompt 103: reward 0, grader {failure}" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def pool_of_several():
+    with GraderPool(Reward(grader="tests.rewards.graders:several", weights={"right": 1, "brief": 0.5})) as pool:
+        yield pool
+
+
+def test_several_rewards_and_their_weighted_sum(pool_of_several):
+    items = [("good", "7777", {"right": right}) for right in (1, 0, -2.5)]
+    scores = pool_of_several.score(items)
+    assert scores == [Score(right + 0.125, None, {"right": right, "brief": 0.25}) for right in (1.0, 0.0, -2.5)]
+    # In the order of the weights, which is not the grader's.
+    assert [list(score.components) for score in scores] == [["right", "brief"]] * 3
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "found"),
+    [
+        ("one number", "1.0"),
+        ("one missing", "{'right': 1.0}"),
+        ("one too many", "{'brief': 0.5, 'polite': 1.0, 'right': 1.0}"),
+        ("other name", "{'brif': 0.5, 'right': 1.0}"),
+        ("nan", "{'brief': nan, 'right': 1.0}"),
+        ("none", "{'brief': None, 'right': 1.0}"),
+        ("a list", "[1.0, 0.5]"),
+        ("number for a name", "{1: 1.0, 'brief': 0.5}"),
+        ("rude", "{'brief': <_Rude instance at "),
+        ("beyond float64", "{'right': 1.5e+308, 'brief': 1.5e+308}, whose weighted sum is inf"),
+    ],
+)
+def test_rewards_other_than_the_ones_with_weights_are_a_failure(pool_of_several, behaviour, found, caplog):
+    before = pool_of_several.failures.copy()
+    good = ("good", "1", {"right": 1})
+    scores = pool_of_several.score([good, (behaviour, "1", {}), good], prompt_indices=[7, 8, 9])
+    assert scores[0] == scores[2] == Score(1.5, None, {"right": 1.0, "brief": 1.0})
+    assert scores[1].reward == 0 and scores[1].components == {"right": 0.0, "brief": 0.0}
+    assert scores[1].failure.startswith(f"not_a_number: returned {found}")
+    if behaviour != "beyond float64":
+        assert scores[1].failure.endswith(", not a finite number for each of right, brief (reward.weights)")
+    assert pool_of_several.failures - before == {"not_a_number": 1}
+    assert f"prompt 8: reward 0, grader not_a_number: returned {found}" in caplog.text
+
+
+def test_a_grader_that_raises_or_hangs_has_none_of_several_rewards():
+    weights = {"right": 1, "brief": 0.5}
+    with GraderPool(Reward(grader=_USER, weights=weights, timeout_s=0.5, workers=1)) as pool:
+        scores = pool.score([(name, "", {}) for name in ("raise", "hang", "exit", "several")])
+    assert [score.failure_kind for score in scores] == ["error", "timeout", "crash", None]
+    assert [score.components for score in scores] == [{"right": 0.0, "brief": 0.0}] * 3 + [{"right": 1.0, "brief": 0.5}]
+
+
+@pytest.mark.parametrize("grader", ["math", "exact"])
+def test_a_built_in_grader_gives_one_number(grader):
+    with pytest.raises(UsageError, match=f"reward.grader={grader} gives one number, and reward.weights are for a, b"):
+        GraderPool(Reward(grader=grader, weights={"a": 1, "b": 1}))
 
 
 def test_numbers_of_other_types_and_printing_are_fine(pool, capfd):

@@ -271,6 +271,25 @@ def test_a_finished_group_is_in_the_journal_before_anyone_may_have_it(servers, s
     assert len(server.asked) == 3 * 4
 
 
+def test_several_rewards_are_graded_and_in_the_journal(servers, start, journal):
+    [server] = servers("ok")
+    weights = {"right": 1, "brief": 0.5}
+    rows = [Prompt(place, [10 + place], f"problem {place}", "7777", {"right": place}) for place in range(8)]
+    texts = {tuple(expected_tokens(groups(rows)[3])[1]): "one number"}
+    reward = {"grader": "tests.rewards.graders:several", "weights": weights}
+    producer = start(journal(), Tokenizer(texts), reward=reward)
+    producer.serve([server.address], 0)
+    producer.allow(asked := groups(rows))
+    assert producer.wait(asked, 60) is Wait.DONE
+    assert journal(start=2).read(dict(enumerate(rows)), 4) == {key: producer.finished(key) for key in asked}
+    found = producer.take(asked)
+    [failed] = [response for response in found if response.failure]
+    assert failed is found[13] and failed.reward == 0 and failed.components == {"right": 0, "brief": 0}
+    found.remove(failed)
+    assert all(r.components == {"right": r.prompt.index, "brief": 0.25} for r in found)
+    assert all(r.reward == r.prompt.index + 0.125 for r in found)
+
+
 def test_a_journal_cut_anywhere_or_with_a_bit_turned_holds_nothing_wrong(servers, start, journal, tmp_path):
     [server] = servers("ok")
     producer = start(journal())
@@ -351,6 +370,7 @@ def test_groups_of_weights_that_a_later_start_has_made_differently_are_of_no_use
         ({"rollout": {"temperature": 0.7, "group_size": 3}}, ["rollout.group_size", "rollout.temperature"]),
         ({"optimizer": {"lr": 1e-4}}, ["optimizer.lr"]),
         ({"reward": {"grader": "exact"}}, ["reward.grader"]),
+        ({"reward": {"weights": {"right": 1}}}, ["reward.weights"]),
         ({"rollout": {"max_staleness": 2, "request_timeout_s": 5}, "batch": {"micro_batch_tokens": 99}}, []),
     ],
 )

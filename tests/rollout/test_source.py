@@ -300,6 +300,33 @@ def test_of_a_step_that_is_made_again_nothing_of_more_replicas_stays(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["step_00000002.0.jsonl", "step_00000003.1.jsonl"]
 
 
+def replayed(config, weights):
+    """The first step's groups, trained on with these weights."""
+    reward = config.reward.model_copy(update={"weights": weights})
+    other = config.model_copy(update={"reward": reward})
+    return RolloutSource(other, [2], None, None, PROMPTS[:6]).take(Progress()).groups
+
+
+def test_replay_weighs_several_rewards_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "replica", lambda: (0, 1))
+    rollout = {"prompts_per_step": 1, "group_size": 2, "replay": tmp_path}
+    config = make_config(tmp_path, run={"dir": tmp_path}, rollout=rollout, data={"shuffle": False})
+    rows = [{"right": 1.0, "brief": 0.1}, {"right": 0.0, "brief": 0.3}]
+    made = [
+        Response(PROMPTS[0], [i], [-1.0], "stop", [[0, 0, 1]], reward=r["right"] + r["brief"] / 2, components=r)
+        for i, r in enumerate(rows)
+    ]
+    write_responses(file_of_step(tmp_path, 1, 0), made, [0, 0])
+    assert replayed(config, {"right": 1, "brief": 0.5}) == {0: made}
+    found = replayed(config, {"brief": 2.0, "right": -1.0})[0]
+    assert [response.reward for response in found] == [2 * 0.1 - 1, 2 * 0.3]
+    assert [list(response.components) for response in found] == [["brief", "right"]] * 2
+    for weights, text in (({}, "none"), ({"right": 1}, "right")):
+        match = f"has the rewards right, brief, and reward.weights names {text}; give these a weight each"
+        with pytest.raises(UsageError, match=match):
+            replayed(config, weights)
+
+
 @pytest.mark.parametrize("recorded_by, replayed_by", [(1, 2), (2, 1), (4, 2)])
 def test_replay_gives_each_group_once(tmp_path, monkeypatch, recorded_by, replayed_by):
     config = make_config(
@@ -325,6 +352,9 @@ def test_replay_gives_each_group_once(tmp_path, monkeypatch, recorded_by, replay
         assert taken.next_position == 8 and not got.keys() & taken.groups.keys()
         got |= taken.groups
     assert got == groups
+    monkeypatch.setattr(source, "replica", lambda: (0, 1))
+    with pytest.raises(UsageError, match="has one reward without a name, and reward.weights names a; set it to null"):
+        replayed(config, {"a": 1})
     for problems, start, text in [(PROMPTS[:5], 0, "responses to problem"), (PROMPTS[:6], 8, "not 8 to 15")]:
         monkeypatch.setattr(source, "replica", lambda: (0, 1))
         with pytest.raises(UsageError, match=text):

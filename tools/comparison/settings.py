@@ -10,7 +10,10 @@ _OWN = ("run.dir", "run.seed")
 METHOD = {
     "sampling": ("rollout",),
     "reward": ("reward",),
-    "advantage": ("algorithm.advantage", "algorithm.advantage_eps"),
+    "advantage": (
+        *("algorithm.advantage", "algorithm.advantage_eps", "algorithm.conflict"),
+        *("algorithm.group_weight", "algorithm.difficulty_temperature"),
+    ),
     "credit": (
         *("algorithm.credit", "algorithm.deviation", "algorithm.deviation_alpha", "algorithm.tau_mode"),
         *("algorithm.tau", "algorithm.effective_share", "algorithm.tau_min", "algorithm.kappa"),
