@@ -281,10 +281,12 @@ class Algorithm(Section):
     """decoupled_gradient: below the range the gradient is multiplied by (r / (1 - clip_low)) to this power."""
     decay_high: float = Field(2.0, gt=0)
     """decoupled_gradient: above the range it is multiplied by the root of this order of (1 + clip_high) / r."""
-    kl: Literal["none", "k2", "k3"] = "none"
-    """Distance to the reference in the loss: half the squared difference of log-probs, or ρ/π - 1 - log ρ/π (GRPO)."""
+    kl: Literal["none", "k2", "k3", "reward"] = "none"
+    """Distance to the reference. k2, k3: of a token, in the loss: half the squared difference of log-probs, or ρ/π - 1
+    - log ρ/π (GRPO). reward: sum of log π_old/ρ over a response, taken off its reward before responses are compared
+    (RLOO), for a forward pass more."""
     kl_coefficient: float = Field(0.001, ge=0)
-    """Of kl in the loss."""
+    """Of kl in the loss or in the reward."""
     aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
     """Mean over all tokens of the step; over its responses of each one's token mean; or of each one's token sum divided
     by rollout.max_response_tokens (Dr. GRPO)."""

@@ -186,6 +186,11 @@ def _check_advantages(config: Config) -> None:
             "reward.overlong=punish changes the sum of rewards, which algorithm.advantage=decoupled does not look at; "
             "use filter, or let the grader return a reward of its own for length"
         )
+    if config.algorithm.kl == "reward":
+        raise UsageError(
+            "algorithm.kl=reward changes the sum of rewards, which algorithm.advantage=decoupled does not look at; use "
+            "k2, whose gradient is the same KL's"
+        )
 
 
 def _check_shaping(config: Config) -> None:

@@ -45,7 +45,7 @@ def updates(config_file, presets, *overrides):
     from megatron_dgpo.model.parallel import context_group, context_place, replica, tensor_group, tensor_place
     from megatron_dgpo.model.reference import Reference
     from megatron_dgpo.session import Session
-    from megatron_dgpo.trainer import update
+    from megatron_dgpo.update import update
 
     init_device()
     found = {}
@@ -122,11 +122,11 @@ DGPO = ("dgpo", "dgpo_calibrated")
 RECORDED = [preset for preset in PRESETS if preset.stem in (*DGPO, "fipo", "gd2po", "mathforge")]
 
 
-def recorded(config, folder, world_size, *overrides):
+def recorded(config, folder, world_size, *overrides, presets=RECORDED):
     from megatron_dgpo.algorithm.record import read_credit
 
-    run_ranks(updates, world_size, config, RECORDED, "rollout.record=true", f"run.dir={folder}", *overrides)
-    return {preset.stem: read_credit(folder / preset.stem / "rollouts", 1) for preset in RECORDED}
+    run_ranks(updates, world_size, config, presets, "rollout.record=true", f"run.dir={folder}", *overrides)
+    return {preset.stem: read_credit(folder / preset.stem / "rollouts", 1) for preset in presets}
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +162,53 @@ def test_recorded_probabilities_are_the_models(config, recorded_alone):
         assert response.tokens["square_prob"] == pytest.approx((2 * log_pi).exp().sum(-1).numpy(), rel=1e-4)
 
 
+@pytest.fixture(scope="module")
+def response_kl(config):
+    """[16] Σ log π(a) − log ρ(a) of the made-up responses, by transformers in float64."""
+    from transformers import AutoModelForCausalLM
+
+    settings = load_config(config, []).model
+    models = [AutoModelForCausalLM.from_pretrained(p, dtype=torch.float64) for p in (settings.path, settings.reference)]
+    found = []
+    for made in made_up_responses():
+        chosen = []
+        for model in models:
+            with torch.no_grad():
+                logits = model(torch.tensor([[*made.prompt.token_ids, *made.token_ids]])).logits[0]
+            log_pi = logits[len(made.prompt.token_ids) - 1 : -1].log_softmax(-1)
+            chosen.append(log_pi.gather(-1, torch.tensor(made.token_ids)[:, None]).sum())
+        found.append((chosen[0] - chosen[1]).item())
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("layout", ["data", "tensor", "pipeline", "context"])
+def test_kl_is_taken_off_the_reward_of_whole_responses_in_every_layout(config, response_kl, tmp_path, layout):
+    """With credit that asks for the reference once more, and without; of one optimizer step, and of two."""
+    coefficient = 0.3
+    presets = [preset for preset in PRESETS if preset.stem in ("rloo", "dgpo")]
+    rewards = torch.tensor([made.reward for made in made_up_responses()]) - coefficient * response_kl
+    groups = rewards.view(-1, GROUP)
+    centred = groups - groups.mean(1, keepdim=True)
+    deviation = groups.std(1, keepdim=True, correction=0)
+    expected = {"rloo": centred * GROUP / (GROUP - 1), "dgpo": centred / (deviation + 1e-6)}
+    overrides = ["algorithm.kl=reward", f"algorithm.kl_coefficient={coefficient}", f"parallel.{layout}=2"]
+    for minibatches in (1, 2):
+        folder = tmp_path / str(minibatches)
+        found = recorded(config, folder, 2, *overrides, f"batch.minibatches={minibatches}", presets=presets)
+        for name, responses in found.items():
+            advantages = torch.tensor([responses[key].advantage for key in sorted(responses)])
+            torch.testing.assert_close(advantages, expected[name].flatten().float(), rtol=1e-3, atol=1e-3)
+
+
+def test_kl_of_coefficient_0_changes_no_bit(config):
+    plain, taken = (
+        run_ranks(updates, 1, config, [preset for preset in PRESETS if preset.stem == "rloo"], *overrides)[0]["rloo"]
+        for overrides in (["algorithm.kl=none"], ["algorithm.kl_coefficient=0"])
+    )
+    assert torch.equal(plain[1], taken[1]) and plain[0]["policy/loss"] == taken[0]["policy/loss"]
+    assert "policy/response_kl" not in plain[0] and taken[0]["policy/response_kl"] != 0
+
+
 def test_weights_follow_from_what_is_recorded(recorded_alone):
     """To the last bits, and so offline as in the trainer."""
     from megatron_dgpo.algorithm.credit import credit_weights, gated_scores, temperatures_of_share
@@ -194,7 +241,7 @@ def test_a_record_that_is_not_there_or_not_whole_is_one_sentence(recorded_alone,
 
 
 def test_overlong_responses_are_compared_with_and_not_trained_on():
-    from megatron_dgpo.trainer import compared, training_sequences
+    from megatron_dgpo.update import compared, training_sequences
 
     responses = made_up_responses()
     cut_off = [response.finish_reason == "length" for response in responses]

@@ -107,6 +107,8 @@ class Objective:
         def now(batch: MicroBatch, hidden_states: torch.Tensor, head_weight: torch.Tensor) -> dict:
             statistics = self._statistics(batch, hidden_states, head_weight)
             known: dict[str, torch.Tensor | None] = {"old_logprobs": statistics.logprobs}
+            if self._algorithm.kl == "reward":
+                known |= {"reference_logprobs": statistics.reference_logprobs, "reference_states": None}
             if self._algorithm.scored_by == "old":
                 log_ratio = torch.zeros_like(statistics.logprobs)
                 credit, tau = self._credit(statistics, log_ratio, batch)
@@ -116,6 +118,14 @@ class Objective:
             return known
 
         return with_known(micro_batches, forward(micro_batches, now))
+
+    def response_kl(self, batch: MicroBatch) -> torch.Tensor:
+        """[B] float64: Σ_t log π_old(a_t) − log ρ(a_t) over each response, of a micro-batch that is frozen with the
+        reference. Collectives: one all-reduce over the context-parallel ranks, where there are several."""
+        assert batch.old_logprobs is not None and batch.reference_logprobs is not None
+        sampled = self._algorithm.old_logprobs == "sampled"
+        old_logprobs = batch.generator_logprobs if sampled else batch.old_logprobs
+        return response_sums((old_logprobs - batch.reference_logprobs).double(), batch, self._cp_group)
 
     def _credit(
         self, statistics: TokenStatistics, log_ratio: torch.Tensor, batch: MicroBatch
@@ -218,14 +228,16 @@ def token_credit(
 
 
 def response_means(values: torch.Tensor, batch: MicroBatch, cp_group: dist.ProcessGroup | None) -> torch.Tensor:
-    """[B] means over whole responses of [N] values; 0 of an empty one.
+    """[B] means over whole responses of [N] values; 0 of an empty one. Collectives: those of `response_sums`."""
+    return response_sums(values, batch, cp_group) / batch.cu_responses.diff().clamp(min=1)
 
-    Collectives: one all-reduce over cp_group where there are several ranks.
-    """
+
+def response_sums(values: torch.Tensor, batch: MicroBatch, cp_group: dist.ProcessGroup | None) -> torch.Tensor:
+    """[B] sums over whole responses of [N] values. Collectives: one all-reduce over cp_group of several ranks."""
     sums = values.new_zeros(len(batch)).index_add(0, batch.response_ids, values)
     if cp_group is not None and dist.get_world_size(cp_group) > 1:
         dist.all_reduce(sums, group=cp_group)
-    return sums / batch.cu_responses.diff().clamp(min=1)
+    return sums
 
 
 def of_whole_responses(values: torch.Tensor, batch: MicroBatch, cp_group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -272,7 +284,7 @@ def policy_objective(
     if config.correction in ("truncate", "mask"):
         weights, corrected = sampler_weights(ratio, config.correction, config.correction_low, config.correction_high)
         token_loss = token_loss * weights
-    if config.kl != "none":
+    if config.kl in ("k2", "k3"):
         assert reference_logprobs is not None, "the distance is to the reference"
         token_loss = token_loss + config.kl_coefficient * divergence(logprobs, reference_logprobs, config.kl)
     if config.entropy_bonus:

@@ -30,6 +30,8 @@ class Outcome(NamedTuple):
     """In tokens."""
     cut_off: bool
     """By rollout.max_response_tokens."""
+    kl: float = 0.0
+    """Σ_t log π_old(a_t) − log ρ(a_t), where algorithm.kl takes it off the reward."""
 
 
 def step_advantages(outcomes: Sequence[Outcome], config: Config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,6 +49,10 @@ def step_advantages(outcomes: Sequence[Outcome], config: Config) -> tuple[torch.
         config.rollout.max_response_tokens,
         config.reward.overlong_buffer_tokens,
     )
+    if config.algorithm.kl == "reward":
+        rewards = (
+            rewards - config.algorithm.kl_coefficient * torch.tensor([outcome.kl for outcome in outcomes]).double()
+        )
     weights = torch.tensor([*config.reward.weights.values()], dtype=torch.float64)
     if config.algorithm.advantage == "decoupled":
         several = torch.tensor([outcome.components for outcome in outcomes], dtype=torch.float64)
