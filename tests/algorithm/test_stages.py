@@ -397,6 +397,7 @@ def test_future_kl_is_its_sum(lengths, seed, half_life):
     for start, stop in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
         for t in range(start, stop):
             f = math.exp(sum(2 ** (-(k - t) / half_life) * x[k] for k in range(t, stop)))
+            f = max(1e-9, min(1e9, f))
             unsafe = advantages[t] < 0 and ratios[t] > math.log(1.5)
             assert found[t].item() == pytest.approx(max(0.8, min(1.0, f)) if unsafe else f, rel=1e-5)
 
