@@ -131,6 +131,8 @@ class Model(Section):
     tools/convert_checkpoint.py makes of one for Megatron."""
     reference: FilePath | None = None
     """The frozen reference, of either format; null: the starting policy itself."""
+    start: FilePath | None = None
+    """What the student started from, of either format, for algorithm.teacher_extrapolation; null: model.path."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights and activations; master weights and gradients are float32."""
     layer_spec: Literal["auto", "te", "portable"] = "auto"
@@ -249,6 +251,9 @@ class Algorithm(Section):
     teacher: float = Field(0.0, ge=0)
     """Coefficient of log ρ(a) - log π_old(a), which is added to a token's advantage: model.reference is then a teacher
     to be imitated (on-policy distillation), or, with a small one, what the policy is held to."""
+    teacher_extrapolation: float = Field(1.0, ge=0)
+    """λ: instead of the teacher's log ρ(a) it is log ρ_0(a) + λ (log ρ(a) - log ρ_0(a)), ρ_0 being model.start: above
+    1 the student goes beyond its teacher (ExOPD, arXiv 2602.12125)."""
     advantage: Literal[
         "mean_std", "mean", "rloo", "mean_mad", "batch_std", "best_of_group", "length_baseline", "decoupled"
     ] = "mean_std"
@@ -472,6 +477,11 @@ class Config(Section):
         """Whether any term of the objective asks for the frozen model."""
         settings = self.algorithm
         return settings.credit == "distribution_guided" or settings.kl != "none" or settings.teacher > 0
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether a second frozen model is asked for."""
+        return self.algorithm.teacher > 0 and self.algorithm.teacher_extrapolation != 1
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

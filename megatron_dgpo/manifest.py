@@ -42,6 +42,7 @@ _FIXED_TOO = {
 _FILES = {
     "model.path": "weights than {}, the starting policy",
     "model.reference": "weights than {}, the frozen reference",
+    "model.start": "weights than {}, where the student started",
     "data.train": "rows than {}, the problems",
     "sft.data": "rows than {}, the solutions",
 }
@@ -178,6 +179,8 @@ def origins(config: Config, command: str) -> Origins:
     weights = {"model.path": model.path}
     if command == "train" and config.needs_reference:
         weights["model.reference"] = model.reference or model.path
+    if command == "train" and config.needs_start:
+        weights["model.start"] = model.start or model.path
     fingerprints = {path: fingerprint(path) for path in set(weights.values())}
     found |= {setting: [str(path.absolute()), fingerprints[path]] for setting, path in weights.items()}
     if data:

@@ -115,7 +115,9 @@ class MicroBatch:
     deviation: torch.Tensor | None = None
     """[N] float32, of that policy, where credit is."""
     reference_logprobs: torch.Tensor | None = None
-    """[N] float32, kept with credit instead of the reference's states."""
+    """[N] float32, kept instead of the reference's states."""
+    start_logprobs: torch.Tensor | None = None
+    """[N] float32: of the model that the student started from, where a teacher is extrapolated."""
     credit: torch.Tensor | None = None
     """[M] float32, scored by that policy; the same on every context-parallel rank."""
     tau: torch.Tensor | None = None

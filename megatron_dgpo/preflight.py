@@ -76,13 +76,15 @@ def check(
 def _check_model(config: Config) -> Architecture:
     architecture = read_architecture(config.model.path)
     check_weights(architecture, config.model.path)
-    if config.model.reference:
-        if read_architecture(config.model.reference) != architecture:
+    for setting, model in (("reference", config.model.reference), ("start", config.model.start)):
+        if model is None:
+            continue
+        if read_architecture(model) != architecture:
             raise UsageError(
-                f"model.reference={config.model.reference} differs in architecture from model.path="
-                f"{config.model.path}: the reference shares the policy's layout"
+                f"model.{setting}={model} differs in architecture from model.path={config.model.path}: frozen models "
+                "share the policy's layout"
             )
-        check_weights(architecture, config.model.reference)
+        check_weights(architecture, model)
     if config.rollout.context_tokens > architecture.max_positions:
         raise UsageError(
             f"rollout.context_tokens={config.rollout.context_tokens} is more than max_position_embeddings="

@@ -73,7 +73,9 @@ def update(
     if objective.record:
         file = file_of_credit(config.run.dir / "rollouts", step, replica()[0])
         objective.record.write(file, sequences)
-    passes = FORWARDS_OF_UPDATE + frozen + (asked_before + asked_again) * (reference is not None)
+    passes = FORWARDS_OF_UPDATE + frozen
+    if reference:
+        passes += (asked_before + asked_again) * reference.models
     metrics |= step_metrics([response for group in groups.values() for response in group], step, results)
     return metrics | computing(session.forward_flops(sequences), passes, sum(result.busy_s for result in results))
 

@@ -56,13 +56,14 @@ def updates(config_file, presets, *overrides):
             own = f"run.dir={folder / preset.stem}"
             session.config = config = load_config(config_file, [str(preset), *overrides, own])
             session.policy.load(config.model.path)
+            frozen = Reference(config, session.architecture) if config.needs_start else reference
             keeps = tensor_place()[0] == context_place()[0] == 0
             record = CreditRecord(keeps) if config.rollout.record else None
             objective = Objective(config, VOCAB, reference.head_weight, tensor_group(), context_group(), record)
             number, replicas = replica()
             responses = made_up_responses()
             groups = {i: responses[i * GROUP : (i + 1) * GROUP] for i in range(4) if i % replicas == number}
-            metrics = update(session, objective, reference if config.needs_reference else None, groups, 1)
+            metrics = update(session, objective, frozen if config.needs_reference else None, groups, 1)
             # Whoever does not write keeps nothing.
             assert record is None or not record._parts
             weights = torch.cat([p.detach().flatten() for m in session.policy.modules for p in m.parameters()])

@@ -34,6 +34,7 @@ ALGORITHMS = {
     "sequence clip, k3": dict(tau=0.02, policy_loss="sequence_clip", dual_clip=1.1, kl="k3", kl_coefficient=0.1),
     "FIPO": dict(credit="future_kl", future_half_life=3.0, future_low=0.7, dual_clip=1.5, clip_high=0.28),
     "distillation, k2": dict(credit="none", teacher=0.5, kl="k2", kl_coefficient=0.1),
+    "ExOPD": dict(credit="uniform", teacher=0.5, teacher_extrapolation=1.25),
 }
 LARGEST_RESPONSE = 20
 
@@ -56,7 +57,7 @@ def rows():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """[policy, reference, policy that sampled], with and without a tied head and q/k norms."""
+    """[policy, reference, start, also the policy before a later update], with and without a tied head and q/k norms."""
     folder = tmp_path_factory.mktemp("oracle")
     return {
         family: [
@@ -66,10 +67,10 @@ def models(tmp_path_factory):
     }
 
 
-def megatron_steps(policy_dir, reference_dir, old_dir, parallel, algorithms):
+def megatron_steps(policy_dir, reference_dir, start_dir, later, parallel, algorithms):
     """[(loss, {row: weights}, this rank's part of all gradients by Hugging Face name)] of each of the algorithms.
 
-    old_dir: the policy before the first update, where it is not the current one; otherwise the rows' old log-probs are
+    later: the policy before the first update is another one, that of start_dir; otherwise the rows' old log-probs are
     its own.
     """
     from megatron.core import parallel_state
@@ -88,11 +89,12 @@ def megatron_steps(policy_dir, reference_dir, old_dir, parallel, algorithms):
     init_device()
     # Clipping would scale the gradients that are compared.
     sections = dict(
-        model={"reference": reference_dir},
+        model={"reference": reference_dir, "start": start_dir},
         rollout={"temperature": TEMPERATURE, "max_response_tokens": LARGEST_RESPONSE},
         optimizer={"clip_grad": 0.0},
     )
-    config = make_config(policy_dir, parallel, **sections)
+    # All frozen models are there, whether a method asks for them or not.
+    config = make_config(policy_dir, parallel, algorithm=ALGORITHMS["ExOPD"], **sections)
     architecture = read_architecture(policy_dir)
     initialize_parallel(config.parallel, 1)
     policy, reference = Policy(config, architecture, 10), Reference(config, architecture)
@@ -112,8 +114,8 @@ def megatron_steps(policy_dir, reference_dir, old_dir, parallel, algorithms):
         head = reference.head_weight
         objective = Objective(settings, architecture.vocab_size, head, tensor_group(), context_group())
         micro_batches = [replace(part, old_logprobs=old) for part, old in zip(attached, olds, strict=True)]
-        if old_dir:
-            policy.load(old_dir)
+        if later:
+            policy.load(start_dir)
             micro_batches = objective.freeze(policy.forward, attached)
         policy.load(policy_dir)
 
@@ -205,18 +207,16 @@ def test_advantages_of_a_step_equal_the_oracle(name):
 
 @functools.cache
 def oracle_of(directories, later, **algorithm):
-    """The same for every layout. directories: [policy, reference, old policy]."""
+    """The same for every layout. directories: [policy, reference, start]."""
     table = [row._replace(old=None) if later else row for row in rows()]
-    policy, reference, old = directories
-    settings = Algorithm(**algorithm)
-    return dense_step(policy, reference, table, settings, TEMPERATURE, VOCAB, old if later else None, LARGEST_RESPONSE)
+    policy, reference, start = directories
+    settings, old = Algorithm(**algorithm), start if later else None
+    return dense_step(policy, reference, table, settings, TEMPERATURE, VOCAB, old, LARGEST_RESPONSE, start)
 
 
 def check(directories, layout, algorithms, later=False):
     world_size, parallel = (LAYOUTS | MIXTURE_LAYOUTS)[layout]
-    policy, reference, old = directories
-    arguments = policy, reference, old if later else None, parallel, list(algorithms.values())
-    results = run_ranks(megatron_steps, world_size, *arguments)
+    results = run_ranks(megatron_steps, world_size, *directories, later, parallel, list(algorithms.values()))
     for name, *of_ranks in zip(algorithms, *results, strict=True):
         compare(of_ranks, oracle_of(tuple(directories), later, **algorithms[name]), name)
 

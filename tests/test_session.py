@@ -284,12 +284,14 @@ def rows(tmp_path):
     return file
 
 
-@pytest.mark.parametrize("setting", ["path", "reference"])
+@pytest.mark.parametrize("setting", ["path", "reference", "start"])
 def test_another_start_or_reference_is_refused(model, tmp_path, rows, setting):
     other = make_tiny_model(tmp_path / "other", "qwen3", num_hidden_layers=2, seed=1)
     data = {"train": rows}
-    manifest = {"origins": origins(make_config(model, data=data), "train")}
-    changed = origins(make_config(model, model={setting: other}, data=data), "train")
+    # Beyond its teacher, so that all of the models are asked for.
+    taught = {"teacher": 1.0, "teacher_extrapolation": 1.25}
+    manifest = {"origins": origins(make_config(model, data=data, algorithm=taught), "train")}
+    changed = origins(make_config(model, model={setting: other}, data=data, algorithm=taught), "train")
     with pytest.raises(UsageError, match=f"model.{setting}={other} holds other weights than {model}"):
         check_origins(Path("step_1"), manifest, changed)
     moved = make_tiny_model(tmp_path / "moved", "qwen3", num_hidden_layers=2)

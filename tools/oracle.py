@@ -33,16 +33,17 @@ class Row(NamedTuple):
 
 
 def dense_step(
-    policy_dir, reference_dir, rows, algorithm, temperature, vocab_size, old_dir=None, max_tokens=1024
+    policy_dir, reference_dir, rows, algorithm, temperature, vocab_size, old_dir=None, max_tokens=1024, start_dir=None
 ) -> Oracle:
     """One optimizer step's loss, credit weights and gradients. rows: what `Row` is made of.
 
-    old_dir: the policy before the first update, where it is not the current one.
+    old_dir: the policy before the first update, where it is not the current one. start_dir: what the student started
+    from, where a teacher is extrapolated.
     """
-    policy, reference, old_policy = (
+    policy, reference, old_policy, start = (
         # Experts one by one: the grouped product does not take float64.
         AutoModelForCausalLM.from_pretrained(path or policy_dir, dtype=torch.float64, experts_implementation="eager")
-        for path in (policy_dir, reference_dir, old_dir)
+        for path in (policy_dir, reference_dir, old_dir, start_dir)
     )
     total, weights = torch.zeros((), dtype=torch.float64), []
     rows = [Row(*row) for row in rows]
@@ -55,8 +56,9 @@ def dense_step(
         with torch.no_grad():
             log_rho = torch.log_softmax(reference(ids).logits[0, place] / temperature, -1)
             log_old = torch.log_softmax(old_policy(ids).logits[0, place] / temperature, -1)
+            log_start = torch.log_softmax(start(ids).logits[0, place] / temperature, -1)
         index = torch.tensor(row.response)[:, None]
-        chosen, theirs = (values.gather(-1, index)[:, 0] for values in (log_pi, log_rho))
+        chosen, theirs, starts = (values.gather(-1, index)[:, 0] for values in (log_pi, log_rho, log_start))
         old = log_old.gather(-1, index)[:, 0] if row.old is None else row.old
         old = torch.as_tensor(row.sampled if algorithm.old_logprobs == "sampled" else old, dtype=torch.float64)
         scored = (log_pi if algorithm.scored_by == "current" else log_old).detach()
@@ -64,14 +66,15 @@ def dense_step(
         weights.append(w)
         losses = []
         for t in range(len(row.response)):
-            advantage = row.advantage * w[t].item() + algorithm.teacher * (theirs[t] - old[t]).item()
+            taught = algorithm.teacher_extrapolation * (theirs[t] - starts[t]) - (old[t] - starts[t])
+            advantage = row.advantage * w[t].item() + algorithm.teacher * taught.item()
             log_ratio = chosen[t] - old[t]
             if algorithm.policy_loss == "sequence_clip":
                 log_ratio = chosen[t] - chosen[t].item() + (chosen - old).mean().item()
             loss = policy_loss(algorithm, chosen[t], log_ratio, advantage)
             if algorithm.correction in ("truncate", "mask"):
                 loss = loss * correction(algorithm, math.exp(old[t].item() - row.sampled[t]))
-            if algorithm.kl != "none":
+            if algorithm.kl in ("k2", "k3"):
                 v = theirs[t] - chosen[t]
                 loss = loss + algorithm.kl_coefficient * (v**2 / 2 if algorithm.kl == "k2" else v.exp() - 1 - v)
             losses.append(loss + algorithm.entropy_bonus * (log_pi[t].exp() * log_pi[t]).sum())

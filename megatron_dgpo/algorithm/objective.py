@@ -273,7 +273,8 @@ def policy_objective(
     advantages = batch.advantages[batch.response_ids] * credit[batch.response_index]
     if config.teacher:
         assert reference_logprobs is not None, "the teacher is the reference"
-        advantages = advantages + config.teacher * (reference_logprobs - old_logprobs)
+        taught = _teachers_logprobs(reference_logprobs, batch, config) - old_logprobs
+        advantages = advantages + config.teacher * taught
     log_ratio = logprobs - old_logprobs
     if signal.mean_log_ratio is not None:
         log_ratio = at_sequence_level(logprobs, signal.mean_log_ratio[batch.response_ids])
@@ -307,6 +308,14 @@ def policy_objective(
             **_credit_metrics(signal, batch, config),
         }
     return loss, normaliser, {name: value.detach().float() for name, value in metrics.items()}
+
+
+def _teachers_logprobs(reference_logprobs: torch.Tensor, batch: MicroBatch, config: Algorithm) -> torch.Tensor:
+    """[N]: the reference's, or beyond it as seen from where the student started."""
+    if config.teacher_extrapolation == 1:
+        return reference_logprobs
+    assert batch.start_logprobs is not None, "a teacher is extrapolated from the start: Reference.attach first"
+    return torch.lerp(batch.start_logprobs, reference_logprobs, config.teacher_extrapolation)
 
 
 def _trainers_logprobs(signal: Signal, config: Algorithm) -> torch.Tensor:

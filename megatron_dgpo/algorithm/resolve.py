@@ -46,6 +46,9 @@ def without_effect(config: Config) -> list[str]:
         found.append(f"algorithm.correction={algorithm.correction} has no effect with algorithm.old_logprobs=sampled")
     if algorithm.credit == "future_kl" and algorithm.scored_by == "old":
         found.append("algorithm.credit=future_kl has no effect with algorithm.scored_by=old: all ratios are 1")
+    if algorithm.teacher_extrapolation != 1 and not algorithm.teacher:
+        extrapolation = algorithm.teacher_extrapolation
+        found.append(f"algorithm.teacher_extrapolation={extrapolation} has no effect with algorithm.teacher=0")
     return found + _without_effect_on_advantages(config)
 
 

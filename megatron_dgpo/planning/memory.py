@@ -246,17 +246,18 @@ def rotary_angles(sizes: Sizes, work: Workload) -> float:
     """Bytes of the tables of float32 angles that Megatron keeps: of policy and reference, for each of the lengths that
     packed.py rounds to, the last 32 in all."""
     steps = -(-work.context // ROTARY_TABLE_STEP)
-    return 4.0 * sizes.d * min(32, steps * (1 + work.reference)) * steps * ROTARY_TABLE_STEP
+    return 4.0 * sizes.d * min(32, steps * (1 + work.reference + work.start)) * steps * ROTARY_TABLE_STEP
 
 
-def reference_weights(sizes: Sizes, trainer: TrainerSide, stage: int, e: int) -> float:
-    """Bytes on the GPU while the policy trains: all, or offloaded only the head that the loss needs."""
+def reference_weights(sizes: Sizes, work: Workload, trainer: TrainerSide, stage: int) -> float:
+    """Bytes on the GPU while the policy trains: all of the frozen models, or offloaded only the head that the loss
+    needs of the reference."""
     if trainer.reference == "none":
         return 0
     if trainer.reference == "host":
         vocab = padded_vocab_size(sizes.vocab, trainer.tensor) // trainer.tensor
-        return vocab * sizes.h * e if stage == trainer.pipeline - 1 else 0
-    return static_memory(sizes, stage, trainer.layout, False, e).weights
+        return vocab * sizes.h * work.element_bytes if stage == trainer.pipeline - 1 else 0
+    return (1 + work.start) * static_memory(sizes, stage, trainer.layout, False, work.element_bytes).weights
 
 
 def trainer_memory(sizes: Sizes, work: Workload, trainer: TrainerSide, stage: int) -> dict[str, float]:
@@ -266,7 +267,7 @@ def trainer_memory(sizes: Sizes, work: Workload, trainer: TrainerSide, stage: in
         "weights": float(static.weights),
         "gradients": float(static.gradients),
         "optimizer": float(static.optimizer),
-        "reference": float(reference_weights(sizes, trainer, stage, work.element_bytes)),
+        "reference": float(reference_weights(sizes, work, trainer, stage)),
         **activations(sizes, work, trainer, stage),
     }
     items["fragmentation"] = FRAGMENTATION * sum(items.values())

@@ -392,6 +392,7 @@ def workload_of(config: Config, prompt_tokens: int, response_tokens: int) -> Wor
         rollout.max_response_tokens,
         config.batch.minibatches,
         config.needs_reference,
+        config.needs_start,
         dtype=config.model.dtype,
     )
 

@@ -42,6 +42,8 @@ class Workload:
     max_response_tokens: int
     minibatches: int = 1
     reference: bool = True
+    start: bool = False
+    """A second frozen model, from which the reference is extrapolated."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     @property

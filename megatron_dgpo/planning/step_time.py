@@ -154,7 +154,12 @@ def reference_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: 
     if trainer.reference == "host":
         weights = memory.static_memory(sizes, 0, trainer.layout, False, work.element_bytes).weights
         loading = work.minibatches * weights / cluster.efficiencies.pcie_bandwidth
-    return forward_time(sizes, work, trainer, cluster) + Seconds(memory=loading)
+    one = forward_time(sizes, work, trainer, cluster) + Seconds(memory=loading)
+    if not work.start:
+        return one
+    # Of the other frozen model log-probs are kept.
+    head = head_time(sizes, work, trainer, cluster, False)
+    return one + forward_time(sizes, work, trainer, cluster, head) + Seconds(memory=loading)
 
 
 def old_logprobs_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster) -> Seconds:

@@ -27,7 +27,7 @@ METHOD = {
     "correction": (
         *("algorithm.old_logprobs", "algorithm.correction", "algorithm.correction_low", "algorithm.correction_high"),
     ),
-    "divergence": ("algorithm.teacher", "algorithm.kl", "algorithm.kl_coefficient"),
+    "divergence": ("algorithm.teacher", "algorithm.teacher_extrapolation", "algorithm.kl", "algorithm.kl_coefficient"),
     "aggregation": ("algorithm.aggregation",),
     "entropy bonus": ("algorithm.entropy_bonus",),
     "optimizer": ("optimizer", "batch.minibatches"),
