@@ -140,9 +140,16 @@ def begin(
     return writing
 
 
-def save(*of_what, **origins) -> Path:
-    """`begin` with these, and wait until the checkpoint is complete; returns its path."""
-    writing = begin(*of_what, **origins)
+def save(
+    folder: Path,
+    policy: Policy,
+    architecture: Architecture,
+    progress: Progress,
+    settings: Checkpoint,
+    origins: Origins | None = None,
+) -> Path:
+    """`begin` with these, and wait until the checkpoint is complete; returns its path. Collective over all ranks."""
+    writing = begin(folder, policy, architecture, progress, settings, origins)
     writing.is_complete(wait=True)
     return writing.path
 

@@ -124,8 +124,12 @@ def response_kl(
 
 
 def with_advantages(batch: MicroBatch, sequences: list[TrainingSequence]) -> MicroBatch:
-    """The same with the sequences' advantages."""
-    return replace(batch, advantages=batch.advantages.new_tensor([sequence.advantage for sequence in sequences]))
+    """The same with the sequences' advantages, and whether they count."""
+    return replace(
+        batch,
+        advantages=batch.advantages.new_tensor([sequence.advantage for sequence in sequences]),
+        counted=batch.counted.new_tensor([sequence.counted for sequence in sequences]),
+    )
 
 
 def compared(step: list[tuple[TrainingSequence, Outcome]], config: Config) -> list[TrainingSequence]:

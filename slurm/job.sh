@@ -27,14 +27,19 @@ export MEGATRON_DGPO_FAILED_NODES=$PWD/slurm-$SLURM_JOB_ID.failed
 # has enough others. Not those of a heterogeneous job, whose components are each a job to SLURM.
 avoid_failed_nodes() {
     [[ -s $MEGATRON_DGPO_FAILED_NODES && -z ${SLURM_HET_SIZE:-} ]] || return 0
-    local failed up before
+    local failed avoided before known up
+    known=$(scontrol show job "$SLURM_JOB_ID" --oneliner)
+    # Whoever names nodes gets these, or none.
+    [[ $known == *' ReqNodeList=(null)'* ]] || return 0
     failed=$(sort -u "$MEGATRON_DGPO_FAILED_NODES")
     up=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --states=idle,alloc,mix,comp --format=%N | sort -u)
-    before=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -o 'ExcNodeList=[^ ]*' | grep -v '(null)')
-    up=$(comm -23 <(echo "$up") <(echo "$failed") | wc -l)
+    before=$(grep -o 'ExcNodeList=[^ ]*' <<<"$known" | grep -v '(null)')
+    before=${before#ExcNodeList=}
+    avoided=$failed
+    [[ -z $before ]] || avoided+=$'\n'$(scontrol show hostnames "$before")
+    up=$(comm -23 <(echo "$up") <(sort -u <<<"$avoided") | wc -l)
     ((up >= SLURM_JOB_NUM_NODES)) || return 0
     echo "job $SLURM_JOB_ID avoids what failed: ${failed//$'\n'/,}"
-    before=${before#ExcNodeList=}
     scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${failed//$'\n'/,}${before:+,$before}"
 }
 
@@ -71,6 +76,8 @@ watch() {
     # megatron_dgpo/stop.py: it was asked to stop, and has saved; or it failed on its way, and run.restarts are left.
     if [[ ($status == 75 || $status == 76) && -z $cancelled ]]; then
         echo "job $SLURM_JOB_ID is requeued and continues the run"
+        # SLURM then ends all of this step: what follows ignores it, and has until the kill.
+        trap '' TERM
         scontrol requeue "$SLURM_JOB_ID"
         avoid_failed_nodes
     fi

@@ -216,7 +216,7 @@ def test_a_job_that_failed_begins_again_elsewhere_and_only_so_often(slurm, arith
         job.wait(lambda start=start: slurm.job(job.number)["Restarts"] == str(start), f"start {start}")
         before = len(job.rows)
         job.wait(lambda before=before: len(job.rows) > before + 2, "step")
-        assert slurm.job(job.number)["NodeList"] == node
+        assert slurm.job(job.number)["NodeList"] == node, job.text()
         os.kill(job.processes("megatron_dgpo", RANK="0")[0], signal.SIGKILL)
     job.wait_for_end("FAILED", END_S)
     assert job.text().count("rank 0 ended (SIGKILL)") == 2
