@@ -137,8 +137,8 @@ class Session(contextlib.ExitStack):
 
     def save(self, progress: Progress) -> None:
         """Begin a checkpoint of the step that the log has got last, when the one before it is complete."""
+        self.completed(wait=True)
         with self.log.phase("checkpoint"):
-            self.completed(wait=True)
             self._writing = checkpoint.begin(
                 self._checkpoints, self.policy, self.architecture, progress, self.config.checkpoint, self._origins
             )
