@@ -13,8 +13,10 @@ import json
 import logging
 import random
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,6 +64,7 @@ _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
+_LOOK_S = 0.1
 # What the schedule and Adam's loop count, and which tensors are whose; all else in a group of parameters is a setting.
 _NOT_SETTINGS = ("params", "step")
 
@@ -76,6 +79,8 @@ class Writing:
         self.path = checkpoint_of(folder, step)
         self._leads = dist.get_rank() == 0
         self._queue = AsyncCallsQueue()
+        self._began = time.monotonic()
+        self._copy: Any = None
         self._block = contextlib.ExitStack()
         from_rank_0(lambda: _check_room(folder))
         target = complete_folder(self.path) if self._leads else contextlib.nullcontext(partial_folder(self.path))
@@ -88,16 +93,35 @@ class Writing:
         strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), copies_group())
         request = dist_checkpointing.save(state, str(self._partial), strategy, async_sharded_save=True)
         if self._settings.asynchronous:
-            self._queue.schedule_async_request(request)
+            self._queue.schedule_async_request(request._replace(preload_fn=lambda: self._kept(request.preload_fn)))
         else:
             request.execute_sync()
 
+    def _kept(self, copy: Callable[[], Any]) -> Any:
+        """A GPU's tensors are copied to pinned memory, whose pages the writer shares with this process, where PyTorch
+        would give them to the next that asks."""
+        self._copy = copy()
+        return self._copy
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self._began
+
     def is_complete(self, wait: bool) -> bool:
         """Whether it is at `path`, where it comes as soon as all ranks have written; `wait`: until then. Raises what
-        failed in the writing. What `settings` do not keep goes."""
-        self._queue.maybe_finalize_async_calls(blocking=wait)
-        if self._queue.get_num_unfinalized_calls():
-            return False
+        failed in the writing, and TimeoutError after `settings.timeout_s`. What they do not keep goes."""
+        while self._queue.get_num_unfinalized_calls():
+            if self._queue.maybe_finalize_async_calls(blocking=False):
+                break
+            if self.seconds > self._settings.timeout_s:
+                raise TimeoutError(
+                    f"{self.path} was not written within {self._settings.timeout_s:g} s (checkpoint.timeout_s)"
+                )
+            if not wait:
+                return False
+            time.sleep(_LOOK_S)
+        self._copy = None
         checksums = _checksums(self._partial)
         if self._leads:
             (self._partial / MANIFEST).write_text(json.dumps(self._manifest | {"files": checksums}, indent=1))

@@ -170,7 +170,8 @@ def _run(options: argparse.Namespace, config: Config, arguments: list[str]) -> i
 
 def _check_names(command: str, config: Config) -> None:
     """Of models and files, which are mistyped most often: told before imports that take seconds."""
-    for model in filter(None, (config.model.path, config.model.reference, config.model.start)):
+    frozen = () if command == "serve" else (config.model.reference, config.model.start)
+    for model in filter(None, (config.model.path, *frozen)):
         read_architecture(model)
     if command == "sft" and config.sft.data:
         check_file(config.sft.data, "sft.data")

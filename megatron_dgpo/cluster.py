@@ -119,7 +119,7 @@ def note_failed_node(variables: Mapping[str, str] = os.environ) -> None:
     """This one, in a job that may begin again on others."""
     if FAILED_NODES in variables:
         with contextlib.suppress(OSError), open(variables[FAILED_NODES], "a") as file:
-            file.write(f"{variables['SLURMD_NODENAME']}\n")
+            file.write(f"{variables.get('SLURMD_NODENAME', socket.gethostname())}\n")
 
 
 def torchrun_environment(variables: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -37,6 +37,8 @@ _HOUR_S = 3600
 _FULL_BYTES = 2**20
 _LOOK_S = 1
 # gloo's words, those of PyTorch's watchdog over NCCL, and ours.
+# What a program that is in order is told of a GPU or a network that is not; of others a node can do nothing.
+_OF_THE_NODE = re.compile(r"CUDA error|NCCL error|\bECC\b|\bXid\b")
 _TIMED_OUT = re.compile(r"tim(ed|e)[ _]?out", re.IGNORECASE)
 
 
@@ -261,7 +263,7 @@ def _report(
         for rank in (rank for rank in running if not rank.error_file.exists()):
             state = "which a signal has stopped" if rank.stopped else f"whose stacks are at the end of {rank.log}"
             print(f"{failed.name} waited for {rank.name}, {state}", file=sys.stderr, flush=True)
-    elif in_full:
+    elif in_full and ((failed.process.returncode or 0) < 0 or _OF_THE_NODE.search(failed.first_error() or "")):
         note_failed_node()
     total, _, free = shutil.disk_usage(node.logs)
     if total and free < _FULL_BYTES:

@@ -119,10 +119,11 @@ class MetricsLog:
     def saved(self, metrics: dict[str, float]) -> None:
         """A checkpoint, with its `metrics` and whatever else was a phase since the last `write`, is of that step,
         beside its `time/step_s`."""
-        values = metrics | {f"time/{name}_s": value for name, value in self._phases.items()}
-        self._phases, self._step_start = {}, time.monotonic()
+        phases, self._phases, self._step_start = self._phases, {}, time.monotonic()
         if not self._progress:
             return
+        names = {f"time/{name}_s": seconds for name, seconds in phases.items()}
+        values = metrics | {name: (self._row.get(name) or 0.0) + seconds for name, seconds in names.items()}
         before = self._file.read_text().splitlines(keepends=True)[:-1]
         self._row |= values
         replace_text(self._file, "".join(before) + json.dumps(self._row) + "\n")

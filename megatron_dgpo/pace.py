@@ -36,12 +36,13 @@ class Pace:
         """Before the first step: whether the run was asked to stop."""
         return _any_rank(stop.pending())[0]
 
-    def after_step(self, step: int, last: bool = False) -> tuple[bool, bool]:
+    def after_step(self, step: int, last: bool = False, writing_s: float = 0.0) -> tuple[bool, bool]:
         """(whether the run stops before its end, by a signal or for lack of time; whether it saves, as it does then and
-        at its end). last: the step ends the run."""
+        at its end). last: the step ends the run. writing_s: what a checkpoint takes that is written beside the steps;
+        at a run's end one may be under way, and the last one follows."""
         now = time.monotonic()
         self._longest_s = max(self._longest_s, now - self._looked)
-        late = time.time() + _LONGER * self._longest_s + _ENDING_S > self._end
+        late = time.time() + _LONGER * self._longest_s + 2 * writing_s + _ENDING_S > self._end
         minutes = self._settings.every_minutes
         due = minutes is not None and now - self._saved >= 60 * minutes
         stops, due = _any_rank(stop.pending() or late, due)

@@ -110,6 +110,8 @@ class Session(contextlib.ExitStack):
             replace_text(config.run.dir / "config.yaml", config_text(config))
         self._checkpoints = config.run.dir / "checkpoints"
         self._writing: checkpoint.Writing | None = None
+        self.writing_beside_s = 0.0
+        """The longest that a checkpoint took which was written beside the steps; otherwise it is part of one."""
         self._skipped_in_a_row = 0
 
     # Checkpoints
@@ -154,7 +156,10 @@ class Session(contextlib.ExitStack):
         with self.log.phase("checkpoint"):
             if not self._writing.is_complete(wait or not self.config.checkpoint.asynchronous):
                 return None
-            path, self._writing = self._writing.path, None
+            path, seconds = self._writing.path, self._writing.seconds
+            self._writing = None
+            if self.config.checkpoint.asynchronous:
+                self.writing_beside_s = max(self.writing_beside_s, seconds)
         keep = self.config.checkpoint.keep
         size, oldest = from_rank_0(lambda: (total_bytes(read_manifest(path)), oldest_progress(self._checkpoints, keep)))
         self.log.saved({"memory/checkpoint_gib": size / 2**30})

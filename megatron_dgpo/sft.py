@@ -47,7 +47,7 @@ def sft(config: Config) -> bool:
             }
             session.log.write(progress.step, metrics)
             last = progress.step == config.sft.steps
-            stopped, saves = pace.after_step(progress.step, last)
+            stopped, saves = pace.after_step(progress.step, last, session.writing_beside_s)
             if saves:
                 session.save(progress)
             session.completed(wait=stopped or last)

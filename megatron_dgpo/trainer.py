@@ -88,7 +88,7 @@ def train(config: Config) -> bool:
                     metrics |= evaluate(config, rollouts, held_out, progress)
             # Written before the checkpoint: a kill between the two repeats the step, and its row is replaced.
             log.write(step, metrics)
-            stopped, saves = pace.after_step(step, last)
+            stopped, saves = pace.after_step(step, last, session.writing_beside_s)
             if saves:
                 session.save(progress)
             if oldest := session.completed(wait=stopped or last):

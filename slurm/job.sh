@@ -16,8 +16,9 @@ export MEGATRON_DGPO_SECRET
 
 # By then the trainer has saved and ended, when another step would not fit: see megatron_dgpo/pace.py. Empty where there
 # is no limit, or SLURM does not answer. Of an array the whole of it would be listed by its first job's number.
-own=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-end=$(SLURM_TIME_FORMAT=standard squeue --noheader --job="${own:-$SLURM_JOB_ID}" --format=%e 2>/dev/null | head -n 1)
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+end=$(SLURM_TIME_FORMAT=standard squeue --noheader --job="$job" --format=%e 2>/dev/null | head -n 1)
 MEGATRON_DGPO_JOB_END=${end:+$(date -d "$end" +%s 2>/dev/null)}
 export MEGATRON_DGPO_JOB_END
 
@@ -28,19 +29,19 @@ export MEGATRON_DGPO_FAILED_NODES=$PWD/slurm-$SLURM_JOB_ID.failed
 avoid_failed_nodes() {
     [[ -s $MEGATRON_DGPO_FAILED_NODES && -z ${SLURM_HET_SIZE:-} ]] || return 0
     local failed avoided before known up
-    known=$(scontrol show job "$SLURM_JOB_ID" --oneliner)
-    # Whoever names nodes gets these, or none.
-    [[ $known == *' ReqNodeList=(null)'* ]] || return 0
+    known=$(scontrol show job "$job" --oneliner)
+    # Whoever names nodes, or what they must have, may find no others.
+    [[ $known == *' ReqNodeList=(null)'* && $known == *' Features=(null)'* ]] || return 0
     failed=$(sort -u "$MEGATRON_DGPO_FAILED_NODES")
-    up=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --states=idle,alloc,mix,comp --format=%N | sort -u)
+    up=$(sinfo --noheader --Node --responding --states=idle,alloc,mix,comp --partition="$SLURM_JOB_PARTITION" --format=%N)
     before=$(grep -o 'ExcNodeList=[^ ]*' <<<"$known" | grep -v '(null)')
     before=${before#ExcNodeList=}
     avoided=$failed
     [[ -z $before ]] || avoided+=$'\n'$(scontrol show hostnames "$before")
-    up=$(comm -23 <(echo "$up") <(sort -u <<<"$avoided") | wc -l)
+    up=$(comm -23 <(sort -u <<<"$up") <(sort -u <<<"$avoided") | wc -l)
     ((up >= SLURM_JOB_NUM_NODES)) || return 0
     echo "job $SLURM_JOB_ID avoids what failed: ${failed//$'\n'/,}"
-    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${failed//$'\n'/,}${before:+,$before}"
+    scontrol update JobId="$job" ExcNodeList="${failed//$'\n'/,}${before:+,$before}"
 }
 
 steps=()
@@ -78,7 +79,7 @@ watch() {
         echo "job $SLURM_JOB_ID is requeued and continues the run"
         # SLURM then ends all of this step: what follows ignores it, and has until the kill.
         trap '' TERM
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$job"
         avoid_failed_nodes
     fi
     rm -f "$MEGATRON_DGPO_FAILED_NODES"

@@ -7,6 +7,7 @@ after its end (`wait_until_gone`), and what happened must be named wherever some
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,14 +164,17 @@ def test_ctrl_c_at_any_moment(recorded, tmp_path):
     before, generator, slowest = set(Path("/dev/shm").iterdir()), random.Random(1), 0.0
     whole = whole_run(recorded, tmp_path, 4)
     run = replay(recorded, tmp_path / "run", 4)
-    # As long as all of a run takes, but never to its end: checkpoints would come too soon.
-    for _ in range(TIMES["INTERRUPTS"]):
+    interrupted = 0
+    while interrupted < TIMES["INTERRUPTS"]:
         said = run.output.stat().st_size
         run.start()
         time.sleep(generator.uniform(1.5, 12))
         if run.process.poll() is not None:
             assert run.process.returncode == 0, run.output.read_text()[said:]
+            # It got to its end this time: from the start again.
+            shutil.rmtree(run.folder / "checkpoints")
             continue
+        interrupted += 1
         began = time.monotonic()
         run.process.send_signal(signal.SIGINT)
         run.end()

@@ -49,6 +49,10 @@ def without_effect(config: Config) -> list[str]:
     if algorithm.teacher_extrapolation != 1 and not algorithm.teacher:
         extrapolation = algorithm.teacher_extrapolation
         found.append(f"algorithm.teacher_extrapolation={extrapolation} has no effect with algorithm.teacher=0")
+    if config.model.start and not config.needs_start:
+        found.append(f"model.start={config.model.start} has no effect but with algorithm.teacher_extrapolation")
+    if algorithm.credit == "none" and algorithm.kl == "reward":
+        found.append("algorithm.kl=reward has no effect with algorithm.credit=none: rewards count for nothing")
     return found + _without_effect_on_advantages(config)
 
 

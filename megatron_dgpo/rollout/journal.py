@@ -147,7 +147,7 @@ def _settings(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
     groups = config.model_dump(mode="json")
     kept: dict[str, tuple[str, ...]] = {
         "run": ("seed",),
-        "model": ("path", "reference", "dtype"),
+        "model": ("path", "reference", "start", "dtype"),
         "optimizer": tuple(groups["optimizer"]),
         "algorithm": tuple(groups["algorithm"]),
         "batch": ("minibatches",),
