@@ -1,5 +1,6 @@
 """Every method of examples/algorithms trains, and does the same on one replica as on two."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -201,13 +202,53 @@ def test_kl_is_taken_off_the_reward_of_whole_responses_in_every_layout(config, r
             torch.testing.assert_close(advantages, expected[name].flatten().float(), rtol=1e-3, atol=1e-3)
 
 
-def test_kl_of_coefficient_0_changes_no_bit(config):
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_kl_of_coefficient_0_changes_no_bit(config, minibatches):
+    presets = [preset for preset in PRESETS if preset.stem in ("rloo", "dgpo")]
+    several = f"batch.minibatches={minibatches}"
     plain, taken = (
-        run_ranks(updates, 1, config, [preset for preset in PRESETS if preset.stem == "rloo"], *overrides)[0]["rloo"]
-        for overrides in (["algorithm.kl=none"], ["algorithm.kl_coefficient=0"])
+        run_ranks(updates, 1, config, presets, several, f"algorithm.kl={kl}", "algorithm.kl_coefficient=0")[0]
+        for kl in ("none", "reward")
     )
-    assert torch.equal(plain[1], taken[1]) and plain[0]["policy/loss"] == taken[0]["policy/loss"]
-    assert "policy/response_kl" not in plain[0] and taken[0]["policy/response_kl"] != 0
+    for name, (metrics, weights) in plain.items():
+        assert torch.equal(weights, taken[name][1]) and metrics["policy/loss"] == taken[name][0]["policy/loss"]
+        assert "policy/response_kl" not in metrics and taken[name][0]["policy/response_kl"] != 0
+
+
+def test_the_number_of_replicas_changes_no_bit_of_what_kl_leaves(config, tmp_path):
+    presets = [preset for preset in PRESETS if preset.stem in ("rloo", "dgpo")]
+    overrides = ["algorithm.kl=reward", "algorithm.kl_coefficient=0.3"]
+    alone, shared = (recorded(config, tmp_path / str(n), n, *overrides, presets=presets) for n in (1, 2))
+    for name, found in alone.items():
+        assert {k: r.advantage for k, r in found.items()} == {k: r.advantage for k, r in shared[name].items()}
+
+
+def of_equal_rewards(*arguments):
+    """`updates` of responses whose rewards are all 1."""
+    made = [replace(r, reward=1.0, components={"right": 1.0, "brief": 0.0}) for r in made_up_responses()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(updates.__globals__, "made_up_responses", lambda: made)
+        return updates(*arguments)
+
+
+def test_groups_that_only_kl_tells_apart_count(config):
+    presets = [preset for preset in PRESETS if preset.stem == "rloo"]
+    [found] = run_ranks(of_equal_rewards, 1, config, presets, "algorithm.group_weight=difficulty")
+    assert found["rloo"][0]["policy/counted_share"] == 1 and found["rloo"][0]["policy/grad_norm"] > 0
+
+
+def test_a_teacher_extrapolated_by_1_is_the_teacher(config):
+    """Bit for bit; by more it is not, wherever the frozen models' weights rest."""
+
+    def weights(name, *overrides):
+        # One by one: of several in a session the later ones begin with the earlier ones' moments.
+        presets = [preset for preset in PRESETS if preset.stem == name]
+        return run_ranks(updates, 1, config, presets, *overrides)[0][name][1]
+
+    taught, beyond = weights("distillation"), weights("exopd")
+    assert torch.equal(weights("exopd", "algorithm.teacher_extrapolation=1"), taught)
+    assert torch.equal(weights("exopd", "model.reference_offload=true"), beyond)
+    assert not torch.equal(beyond, taught)
 
 
 def test_weights_follow_from_what_is_recorded(recorded_alone):

@@ -50,9 +50,8 @@ def step_advantages(outcomes: Sequence[Outcome], config: Config) -> tuple[torch.
         config.reward.overlong_buffer_tokens,
     )
     if config.algorithm.kl == "reward":
-        rewards = (
-            rewards - config.algorithm.kl_coefficient * torch.tensor([outcome.kl for outcome in outcomes]).double()
-        )
+        kl = torch.tensor([outcome.kl for outcome in outcomes], dtype=torch.float64)
+        rewards = rewards - config.algorithm.kl_coefficient * kl
     weights = torch.tensor([*config.reward.weights.values()], dtype=torch.float64)
     if config.algorithm.advantage == "decoupled":
         several = torch.tensor([outcome.components for outcome in outcomes], dtype=torch.float64)

@@ -46,6 +46,11 @@ def without_effect(config: Config) -> list[str]:
         found.append(f"algorithm.correction={algorithm.correction} has no effect with algorithm.old_logprobs=sampled")
     if algorithm.credit == "future_kl" and algorithm.scored_by == "old":
         found.append("algorithm.credit=future_kl has no effect with algorithm.scored_by=old: all ratios are 1")
+    return found + _without_effect_of_frozen_models(config) + _without_effect_on_advantages(config)
+
+
+def _without_effect_of_frozen_models(config: Config) -> list[str]:
+    algorithm, found = config.algorithm, []
     if algorithm.teacher_extrapolation != 1 and not algorithm.teacher:
         extrapolation = algorithm.teacher_extrapolation
         found.append(f"algorithm.teacher_extrapolation={extrapolation} has no effect with algorithm.teacher=0")
@@ -53,7 +58,11 @@ def without_effect(config: Config) -> list[str]:
         found.append(f"model.start={config.model.start} has no effect but with algorithm.teacher_extrapolation")
     if algorithm.credit == "none" and algorithm.kl == "reward":
         found.append("algorithm.kl=reward has no effect with algorithm.credit=none: rewards count for nothing")
-    return found + _without_effect_on_advantages(config)
+    if algorithm.kl != "none" and not algorithm.kl_coefficient:
+        found.append(f"algorithm.kl={algorithm.kl} has no effect with algorithm.kl_coefficient=0")
+    if algorithm.kl == "none" and algorithm.kl_coefficient != Algorithm().kl_coefficient:
+        found.append(f"algorithm.kl_coefficient={algorithm.kl_coefficient} has no effect with algorithm.kl=none")
+    return found
 
 
 def _without_effect_on_advantages(config: Config) -> list[str]:

@@ -175,6 +175,15 @@ def test_what_was_cut_off_is_compared_with_and_not_counted():
     assert not kept.all() and both.tolist() == (kept & counted).tolist()
 
 
+def test_kl_of_a_response_is_taken_off_its_reward():
+    """1 - 0.1 * 2 and 0 - 0.1 * -1: apart by 0.7, where the rewards alone are apart by 1."""
+    made = [Outcome(1.0, (), True, 3, False, kl=2.0), Outcome(0.0, (), False, 3, False, kl=-1.0)]
+    for kl, apart in (("reward", 0.7), ("k2", 1.0)):
+        algorithm = {"advantage": "rloo", "kl": kl, "kl_coefficient": 0.1}
+        advantages, _ = step_advantages(made, make_config("none", algorithm=algorithm, rollout={"group_size": 2}))
+        assert advantages.tolist() == pytest.approx([apart, -apart])
+
+
 KINDS = ["mean_std", "mean", "rloo", "mean_mad", "batch_std", "best_of_group", "length_baseline"]
 
 
@@ -504,6 +513,25 @@ def test_settings_without_effect_are_named():
     assert "algorithm.correction=mask" in text
     [text] = without_effect(make_config("none", algorithm={"credit": "future_kl", "scored_by": "old"}, **several))
     assert "algorithm.credit=future_kl" in text
+
+
+@pytest.mark.parametrize(
+    "algorithm, model, expected",
+    [
+        (dict(teacher_extrapolation=1.25), {}, "algorithm.teacher_extrapolation=1.25 has no effect"),
+        (dict(teacher=1.0), {"start": "/start"}, "model.start=/start has no effect"),
+        (dict(kl="reward", kl_coefficient=0.0), {}, "algorithm.kl=reward has no effect"),
+        (dict(kl_coefficient=0.5), {}, "algorithm.kl_coefficient=0.5 has no effect"),
+    ],
+)
+def test_settings_of_frozen_models_without_effect_are_named(algorithm, model, expected):
+    [text] = without_effect(make_config("none", algorithm=algorithm, model=model))
+    assert text.startswith(expected)
+
+
+def test_settings_of_frozen_models_with_effect_are_not_named():
+    taught = {"teacher": 1.0, "teacher_extrapolation": 1.25, "kl": "reward", "kl_coefficient": 0.5}
+    assert without_effect(make_config("none", algorithm=taught, model={"start": "/start"})) == []
 
 
 def test_settings_of_advantages_without_effect_are_named():

@@ -7,7 +7,9 @@ import pytest
 
 from megatron_dgpo.config import Parallel
 from megatron_dgpo.layout import Layout
-from megatron_dgpo.planning.memory import static_memory
+from megatron_dgpo.planning.memory import reference_weights, static_memory
+from megatron_dgpo.planning.plan import workload_of
+from megatron_dgpo.planning.sides import TrainerSide
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.weights.architectures import read_architecture
 from tests.layouts import make_config
@@ -116,6 +118,40 @@ def test_bytes_equal_megatrons(family, world, tmp_path):
             where = f"{family} {parallel} {dtype} stage {stage}"
             assert {(w, g) for w, g, _ in found} == {(expected.weights, expected.gradients)}, where
             assert max(o for _, _, o in found) == expected.optimizer, where
+
+
+def frozen(model_dir, parallel):
+    """This rank's stage and the bytes of all frozen models' weights."""
+    from megatron.core import parallel_state
+
+    from megatron_dgpo.model.device import init_device
+    from megatron_dgpo.model.parallel import initialize_parallel
+    from megatron_dgpo.model.reference import Reference
+
+    init_device()
+    config = make_config(model_dir, parallel, algorithm=BEYOND)
+    initialize_parallel(config.parallel, 1)
+    reference = Reference(config, read_architecture(model_dir))
+    models = [model for model in (reference._model, reference._start) if model]
+    storages = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+        for model in models
+        for module in model.modules
+        for p in module.parameters()
+    }
+    return parallel_state.get_pipeline_model_parallel_rank(), sum(storages.values())
+
+
+BEYOND = {"credit": "none", "teacher": 1.0, "teacher_extrapolation": 1.25}
+
+
+@pytest.mark.parametrize("parallel", [dict(), dict(tensor=2), dict(pipeline=2)])
+def test_bytes_of_a_second_frozen_model_are_counted(parallel, tmp_path):
+    model_dir = make_tiny_model(tmp_path / "qwen2", "qwen2", tie_word_embeddings=True)
+    config, world = make_config(model_dir, parallel, algorithm=BEYOND), world_size(parallel)
+    trainer, work = TrainerSide.from_config(config.parallel, world), workload_of(config, 8, 8)
+    for stage, found in run_ranks(frozen, world, model_dir, parallel):
+        assert found == reference_weights(Sizes(read_architecture(model_dir)), work, trainer, stage)
 
 
 def test_enough_layouts():
