@@ -147,7 +147,7 @@ def offloaded_reference(model_dir):
     first, second, expected = (
         [part.reference_states for part in reference.attach(batches(4))] for reference in (offloaded, offloaded, kept)
     )
-    gradient_free = not any(p.requires_grad for m in offloaded.modules for p in m.parameters())
+    gradient_free = not any(p.requires_grad for m in offloaded._model.modules for p in m.parameters())
     same = all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, expected, strict=True))
     return same, gradient_free, torch.equal(offloaded.head_weight, kept.head_weight)
 
