@@ -164,20 +164,6 @@ def begin(
     return writing
 
 
-def save(
-    folder: Path,
-    policy: Policy,
-    architecture: Architecture,
-    progress: Progress,
-    settings: Checkpoint,
-    origins: Origins | None = None,
-) -> Path:
-    """`begin` with these, and wait until the checkpoint is complete; returns its path. Collective over all ranks."""
-    writing = begin(folder, policy, architecture, progress, settings, origins)
-    writing.is_complete(wait=True)
-    return writing.path
-
-
 def _check_room(folder: Path) -> None:
     manifest = next((found for path in candidates(folder) if (found := read_manifest(path))), None)
     needed = total_bytes(manifest)

@@ -18,6 +18,7 @@ from megatron_dgpo.manifest import changes, check_origins, fingerprint, origins,
 from megatron_dgpo.rollout.response import Response
 from megatron_dgpo.weight_sync.canary import Canary
 from megatron_dgpo.weight_sync.shards import StaleWeightsError
+from tests.checkpoints import save
 from tests.layouts import make_config
 from tests.model.test_policy import build
 from tests.ranks import run_ranks
@@ -137,7 +138,7 @@ def resumed_with_other_settings(model_dir, folder):
     policy.step(batches(2), loss)
     gathered, all_gather = [], dist.all_gather
     dist.all_gather = lambda *arguments, **named: gathered.append(arguments) or all_gather(*arguments, **named)
-    checkpoint.save(folder, policy, architecture, Progress(1), Checkpoint(keep=1))
+    save(folder, policy, architecture, Progress(1), Checkpoint(keep=1))
     dist.all_gather = all_gather
     settings = {"lr": 4e-3, "min_lr": 1e-3, "schedule": "linear", "weight_decay": 0.5, "beta2": 0.5}
     config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update=settings)})
@@ -163,12 +164,11 @@ def flat_weights(policy):
 
 def saved(model_dir, folder, parallel):
     """({rank: bytes} of a checkpoint's tensors, the weights in it, and after another step)."""
-    from megatron_dgpo import checkpoint
     from megatron_dgpo.manifest import Progress, read_manifest, total_bytes
 
     _, architecture, policy, batches, loss = build(model_dir, parallel)
     policy.step(batches(2), loss)
-    path = checkpoint.save(folder, policy, architecture, Progress(1), Checkpoint())
+    path = save(folder, policy, architecture, Progress(1), Checkpoint())
     manifest = read_manifest(path)
     written = {0: 0, 1: 0}
     for file, (size, _) in manifest["files"].items():
@@ -215,11 +215,11 @@ def saved_while_training(model_dir, folder, parallel):
             time.sleep(0.01)
         write(*arguments)
 
-    def save(*arguments, **named):
+    def save_later(*arguments, **named):
         request = original(*arguments, **named)
         return request._replace(async_fn=functools.partial(waiting, request.async_fn))
 
-    original, checkpoint.dist_checkpointing.save = checkpoint.dist_checkpointing.save, save
+    original, checkpoint.dist_checkpointing.save = checkpoint.dist_checkpointing.save, save_later
     _, architecture, policy, batches, loss = build(model_dir, parallel)
     policy.step(batches(2), loss)
     before = flat_weights(policy)
@@ -248,10 +248,10 @@ def saved_on_a_full_disk(model_dir, folder):
 
     _, architecture, policy, batches, loss = build(model_dir, {})
     policy.step(batches(2), loss)
-    checkpoint.save(folder, policy, architecture, Progress(1), Checkpoint())
+    save(folder, policy, architecture, Progress(1), Checkpoint())
     checkpoint.shutil.disk_usage = lambda path: (10**12, 10**12 - 10_000, 10_000)
     try:
-        checkpoint.save(folder, policy, architecture, Progress(2), Checkpoint())
+        save(folder, policy, architecture, Progress(2), Checkpoint())
         error = "none"
     except UsageError as refused:
         error = str(refused)

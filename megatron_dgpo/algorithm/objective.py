@@ -90,8 +90,7 @@ class Objective:
         log_ratio = statistics.logprobs.detach() - old_logprobs
         credit, tau = batch.credit, batch.tau
         if credit is None:
-            credit, tau = self._credit(statistics, log_ratio, batch)
-            self._record(statistics, log_ratio, credit, tau, batch, hidden_states, head_weight)
+            credit, tau = self._credit(statistics, log_ratio, batch, hidden_states, head_weight)
         mean = None
         if self._algorithm.policy_loss == "sequence_clip":
             mean = response_means(log_ratio, batch, self._cp_group)
@@ -111,8 +110,7 @@ class Objective:
                 known |= {"reference_logprobs": statistics.reference_logprobs, "reference_states": None}
             if self._algorithm.scored_by == "old":
                 log_ratio = torch.zeros_like(statistics.logprobs)
-                credit, tau = self._credit(statistics, log_ratio, batch)
-                self._record(statistics, log_ratio, credit, tau, batch, hidden_states, head_weight)
+                credit, tau = self._credit(statistics, log_ratio, batch, hidden_states, head_weight)
                 known |= {"deviation": statistics.deviation, "reference_logprobs": statistics.reference_logprobs}
                 known |= {"credit": credit, "tau": tau, "reference_states": None}
             return known
@@ -128,27 +126,22 @@ class Objective:
         return response_sums((old_logprobs - batch.reference_logprobs).double(), batch, self._cp_group)
 
     def _credit(
-        self, statistics: TokenStatistics, log_ratio: torch.Tensor, batch: MicroBatch
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return token_credit(statistics, log_ratio, batch, self._vocab_size, self._algorithm, self._cp_group)
-
-    def _record(
         self,
         statistics: TokenStatistics,
         log_ratio: torch.Tensor,
-        credit: torch.Tensor,
-        tau: torch.Tensor | None,
         batch: MicroBatch,
         hidden_states: torch.Tensor,
         head_weight: torch.Tensor,
-    ) -> None:
-        if self.record is None:
-            return
-        square_prob = self._square_prob(statistics, batch, hidden_states, head_weight)
-        known = statistics._asdict() | {"log_ratio": log_ratio, "square_prob": square_prob}
-        values = {name: known[name].detach() for name in TOKENS if known.get(name) is not None}
-        whole = of_whole_responses(torch.stack([*values.values()]), batch, self._cp_group)
-        self.record.add(batch, dict(zip(values, whole, strict=True)), credit, tau)
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of `token_credit`, and recorded."""
+        credit, tau = token_credit(statistics, log_ratio, batch, self._vocab_size, self._algorithm, self._cp_group)
+        if self.record is not None:
+            square_prob = self._square_prob(statistics, batch, hidden_states, head_weight)
+            known = statistics._asdict() | {"log_ratio": log_ratio, "square_prob": square_prob}
+            values = {name: known[name].detach() for name in TOKENS if known.get(name) is not None}
+            whole = of_whole_responses(torch.stack([*values.values()]), batch, self._cp_group)
+            self.record.add(batch, dict(zip(values, whole, strict=True)), credit, tau)
+        return credit, tau
 
     @torch.no_grad()
     def _square_prob(

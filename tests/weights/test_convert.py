@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from megatron_dgpo.config import Checkpoint
 from megatron_dgpo.weights import convert as convert_module
 from megatron_dgpo.weights.convert import Conversion, Job, convert
+from tests.checkpoints import save
 from tests.layouts import make_config
 from tests.ranks import run_ranks
 from tools.bench_convert import PeakMemory, generate
@@ -145,7 +146,6 @@ def save_checkpoint(model_dir, folder, parallel, stacked=True):
     """A training checkpoint, or, not stacked, the model alone with a tensor of its own for every layer."""
     from megatron.core import dist_checkpointing
 
-    from megatron_dgpo import checkpoint
     from megatron_dgpo.manifest import Progress
     from megatron_dgpo.model.device import init_device
     from megatron_dgpo.model.parallel import initialize_parallel
@@ -159,7 +159,7 @@ def save_checkpoint(model_dir, folder, parallel, stacked=True):
     policy = Policy(config, architecture, 1)
     policy.load(model_dir)
     if stacked:
-        return checkpoint.save(folder, policy, architecture, Progress(), Checkpoint())
+        return save(folder, policy, architecture, Progress(), Checkpoint())
     folder.mkdir(exist_ok=True)
     state = policy.modules[0].sharded_state_dict(metadata={"non_homogeneous_layers": True})
     dist_checkpointing.save(state, str(folder))

@@ -17,6 +17,7 @@ from megatron_dgpo.weights.convert import Job, convert
 from megatron_dgpo.weights.dcp_metadata import read_metadata
 from megatron_dgpo.weights.formats import METADATA
 from megatron_dgpo.weights.load import check_weights
+from tests.checkpoints import save
 from tests.layouts import make_config
 from tests.ranks import run_ranks
 from tools.bench_convert import generate
@@ -139,13 +140,13 @@ def load_crafted(model_dir, folder):
     for each in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
         each.optimizer.step()
     honest, state = checkpoint._rng_state, {"python": Runs(folder / "ran")}
-    path = checkpoint.save(folder, policy, architecture, Progress(step=1), Checkpoint())
+    path = save(folder, policy, architecture, Progress(step=1), Checkpoint())
     checkpoint.load(path, policy)
     table = pickle.loads((path / METADATA).read_bytes())
     table.storage_meta = Runs(folder / "ran")
     (path / METADATA).write_bytes(pickle.dumps(table))
     checkpoint._rng_state = lambda: honest() | state
-    crafted = checkpoint.save(folder, policy, architecture, Progress(step=2), Checkpoint())
+    crafted = save(folder, policy, architecture, Progress(step=2), Checkpoint())
     checkpoint._rng_state = honest
     found = []
     for each in (path, crafted):
