@@ -21,7 +21,8 @@ def share_out(
     """[replica][micro-batch][sequence] of one optimizer step.
 
     Replicas get about equal cost. All get the same number of micro-batches, a multiple of `multiple_of`, because their
-    ranks meet in collectives; some may be empty. budget: most tokens of a micro-batch.
+    ranks meet in collectives; some may be empty. In each the longest sequences come last, so that those of one length
+    are neighbours, which the portable attention serves at once. budget: most tokens of a micro-batch.
     """
     shares = [_pick(sequences, part) for part in partition([cost(s) for s in sequences], replicas)]
     plans = [fit([len(s) for s in share], budget, multiple_of) for share in shares]
@@ -30,7 +31,7 @@ def share_out(
         plan if len(plan) == count else fit([len(s) for s in share], budget, count)
         for share, plan in zip(shares, plans, strict=True)
     ]
-    return [[_pick(share, part) for part in plan] for share, plan in zip(shares, plans, strict=True)]
+    return [[sorted(_pick(share, part), key=len) for part in plan] for share, plan in zip(shares, plans, strict=True)]
 
 
 def partition(costs: Sequence[float], parts: int) -> list[list[int]]:

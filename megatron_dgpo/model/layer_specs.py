@@ -21,7 +21,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megatron_dgpo.model.compat import moe_submodules, uses_transformer_engine
-from megatron_dgpo.model.packed import AttentionPlan, PackedAttentionParams
+from megatron_dgpo.model.packed import AttentionPlan, PackedAttentionParams, Run
 
 
 def block_spec(config: TransformerConfig, layer_spec: str, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -144,7 +144,7 @@ class PackedAttention(torch.nn.Module):
             # Backward adds at most two numbers to each place: their order is no matter, on a GPU either.
             key, value = both.index_select(0, plan.gathered).chunk(2, -1)
         one_call = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-        attend = self._in_one_call if one_call else self._piece_by_piece
+        attend = self._in_one_call if one_call else self._run_by_run
         return attend(query, key, value, plan).flatten(1)
 
     def _in_one_call(self, query, key, value, plan: AttentionPlan) -> torch.Tensor:
@@ -164,14 +164,16 @@ class PackedAttention(torch.nn.Module):
             enable_gqa=query.shape[1] != key.shape[1],
         )
 
-    def _piece_by_piece(self, query, key, value, plan: AttentionPlan) -> torch.Tensor:
+    def _run_by_run(self, query, key, value, plan: AttentionPlan) -> torch.Tensor:
         """One product for all would keep a T × T mask; a loop keeps nothing of that kind."""
-        parts = zip(query.split(plan.queries), key.split(plan.keys), value.split(plan.keys), strict=True)
-        return torch.cat([self._piece(*part, plan.mask(len(part[0]), len(part[1]), self.window)) for part in parts])
+        queries = query.split([run.pieces * run.queries for run in plan.runs])
+        keys, values = (tensor.split([run.pieces * run.keys for run in plan.runs]) for tensor in (key, value))
+        return torch.cat([self._run(*parts, plan) for parts in zip(plan.runs, queries, keys, values, strict=True)])
 
-    def _piece(self, query, key, value, mask: torch.Tensor | None) -> torch.Tensor:
-        """[s, heads, D], [t, groups, D] -> [s, heads, D]; the last query stands at the last key."""
-        query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    def _run(self, run: Run, query, key, value, plan: AttentionPlan) -> torch.Tensor:
+        """[n·s, heads, D], [n·t, groups, D] -> [n·s, heads, D]; the last query of a piece stands at its last key."""
+        mask = plan.mask(run.queries, run.keys, self.window)
+        query, key, value = (tensor.unflatten(0, (run.pieces, -1)).transpose(1, 2) for tensor in (query, key, value))
         output = F.scaled_dot_product_attention(
             query,
             key,
@@ -181,4 +183,4 @@ class PackedAttention(torch.nn.Module):
             scale=self.scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return output[0].transpose(0, 1)
+        return output.transpose(1, 2).flatten(0, 1)

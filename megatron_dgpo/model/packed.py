@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +47,15 @@ def positions_step(parallel: Parallel) -> int:
     return math.lcm(2 * parallel.context, cut * parallel.context) if parallel.context > 1 else cut
 
 
+class Run(NamedTuple):
+    """Pieces that follow one another and are alike: one product serves them."""
+
+    pieces: int
+    queries: int
+    """Of each."""
+    keys: int
+
+
 @dataclass(frozen=True)
 class AttentionPlan:
     """What every layer of the portable attention does with one micro-batch.
@@ -64,6 +76,11 @@ class AttentionPlan:
     """[Σ keys] int64: where the pieces' keys are among the T of all ranks, in rank order; None: in place."""
     cp_group: dist.ProcessGroup | None
     _masks: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
+
+    @functools.cached_property
+    def runs(self) -> list[Run]:
+        alike = itertools.groupby(zip(self.queries, self.keys, strict=True))
+        return [Run(len(list(pieces)), *lengths) for lengths, pieces in alike]
 
     def mask(self, queries: int, keys: int, window: int | None) -> torch.Tensor | None:
         """[queries, keys] bool of a piece: what each query meets, itself and `window` - 1 or all keys before it.

@@ -1,6 +1,7 @@
 """What a GPU's kernels are given, checked where there is none: on a fake device, on which reading a value fails."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,14 +18,47 @@ from tools.tiny_models import make_tiny_model
 SEQLENS = (8, 16, 24)
 
 
+def attention_of(model: Path) -> layer_specs.PackedAttention:
+    config = Config.model_validate({"model": {"path": model}, "data": {"train": "none"}})
+    settings = transformer_config(config, read_architecture(model))
+    return layer_specs.PackedAttention(settings, 1, None, None, softmax_scale=None)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_neighbours_of_one_length_meet_in_one_product(tmp_path, monkeypatch, window):
+    attention = attention_of(make_tiny_model(tmp_path / "model", "mistral", sliding_window=window))
+    seqlens, products = (4, 7, 7, 7, 9, 9, 4), []
+    product = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query, *args, **kwargs):
+        products.append(tuple(query.shape[::2]))
+        return product(query, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+
+    def found(query, key, value, seqlens):
+        params = PackedAttentionParams()
+        params.attention_plan = AttentionPlan.of(seqlens, 1, 0, None, torch.device("cpu"))
+        return attention(query, key, value, None, params)
+
+    tensors = [torch.randn(sum(seqlens), heads, 16, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    together = found(*tensors, seqlens)
+    assert products == [(1, 4), (3, 7), (2, 9), (1, 4)]
+    alone = torch.cat(
+        [found(*parts, parts[0].shape[:1]) for parts in zip(*(t.split(seqlens) for t in tensors), strict=True)]
+    )
+    torch.testing.assert_close(together, alone)
+    weight = torch.randn_like(together)
+    torch.testing.assert_close(
+        torch.autograd.grad((together * weight).sum(), tensors), torch.autograd.grad((alone * weight).sum(), tensors)
+    )
+
+
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
 def test_attention_on_a_gpu_reads_nothing_back(tmp_path, monkeypatch, window, cp_size):
     model = make_tiny_model(tmp_path / "model", "mistral", sliding_window=window)
-    config = Config.model_validate({"model": {"path": model}, "data": {"train": "none"}})
-    attention = layer_specs.PackedAttention(
-        transformer_config(config, read_architecture(model)), 1, None, None, softmax_scale=None
-    )
+    attention = attention_of(model)
     gathers = []
 
     def gather(tensor, group):
