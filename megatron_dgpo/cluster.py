@@ -26,13 +26,13 @@ DEVICE = "MEGATRON_DGPO_DEVICE"
 JOB = "MEGATRON_DGPO_JOB"
 """JOB.RESTART, set by the sbatch files: this process is a node's launcher."""
 ROLLOUT_NODES = "MEGATRON_DGPO_ROLLOUT_NODES"
-"""Nodes of the job that run vLLM servers only; 0: the trainer's node starts its own."""
+"""Nodes of the job that run vLLM servers only; 0: every trainer node starts its own."""
 FAILED_NODES = "MEGATRON_DGPO_FAILED_NODES"
 """A file for the names of nodes that failed, set by the sbatch files: a job that begins again avoids them."""
 INTERFACE = "MEGATRON_DGPO_INTERFACE"
 """Network interface to listen on, such as ib0; default: the one through which this node reaches the job's first."""
 
-_LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 _POLL_S = 0.5
 
 
@@ -44,7 +44,7 @@ class Node:
     index: int = 0
     count: int = 1
     rollout_nodes: int = 0
-    address: str = _LOOPBACK
+    address: str = LOOPBACK
     in_job: bool = False
 
     @classmethod
@@ -64,7 +64,7 @@ class Node:
 
     def environment(self) -> dict[str, str]:
         """Where this node's processes meet those of other nodes; what the user has set stays."""
-        return {} if self.address == _LOOPBACK else {"VLLM_HOST_IP": self.address, **_interfaces(self.address)}
+        return {} if self.address == LOOPBACK else {"VLLM_HOST_IP": self.address, **_interfaces(self.address)}
 
     def publish(self, name: str, value) -> None:
         """Tell the other nodes."""

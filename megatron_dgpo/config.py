@@ -328,7 +328,7 @@ class Rollout(Section):
 
 class Servers(Section):
     count: Count = 1
-    """vLLM servers that this command starts on this machine."""
+    """vLLM servers that a command starts on this machine, or on each node of a job that runs any."""
     tensor: Count = 1
     """Tensor-parallel size of each server."""
     expert_parallel: bool = False

@@ -26,7 +26,7 @@ from megatron_dgpo import legality, process, stop
 from megatron_dgpo.cluster import Node, note_failed_node
 from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError
-from megatron_dgpo.layout import Layout
+from megatron_dgpo.layout import job_ranks
 from megatron_dgpo.manifest import newest
 from megatron_dgpo.rollout import server
 from megatron_dgpo.rollout.guard import SECRET
@@ -82,7 +82,10 @@ def launch(arguments: list[str], config: Config, node: Node, world_size: int, ne
                 stale.unlink(missing_ok=True)
         addresses = list(config.servers.addresses)
         if needs_servers and not addresses:
-            servers, addresses = server.start(config, secret, node.logs)
+            servers, addresses = server.start(config, secret, node)
+            if node.count > 1:
+                node.publish(f"servers_{node.index}", addresses)
+                addresses = _published_servers(config, node, node.count)
         master = _agree_on_master(config, node)
         for local_rank in range(world_size // node.count):
             ranks.append(_start_rank(local_rank, node, world_size, master, arguments, addresses, secret, held))
@@ -273,11 +276,7 @@ def _report(
 
 def trainer_size(config: Config, node: Node) -> int:
     """Ranks of all trainer nodes; raises UsageError where they cannot share them evenly."""
-    size = Layout.from_config(config.parallel).world_size
-    gpus = torch.cuda.device_count() * node.count
-    if node.rollout_nodes and config.parallel.data is None and gpus:
-        # Nobody else needs this node's GPUs.
-        size = gpus
+    size = job_ranks(config, torch.cuda.device_count() * node.count if node.in_job else 0, node.rollout_nodes)
     legality.check(legality.of_nodes(size, node.count, f"{node.count} nodes"))
     return size
 
@@ -285,14 +284,18 @@ def trainer_size(config: Config, node: Node) -> int:
 def find_servers(config: Config, node: Node) -> Config:
     """With the addresses of the servers that the job's rollout nodes have started, if it has any."""
     if not node.rollout_nodes:
-        if node.count > 1 and not config.servers.addresses:
-            raise UsageError("a job of several trainer nodes needs rollout nodes, or servers.addresses")
         return config
-    addresses: list[str] = []
-    for index in range(node.rollout_nodes):
-        what = f"the vLLM servers of rollout node {index}"
-        addresses += node.read(f"servers_{index}", config.servers.start_timeout_s, what)
+    addresses = _published_servers(config, node, node.rollout_nodes)
     return config.model_copy(update={"servers": config.servers.model_copy(update={"addresses": tuple(addresses)})})
+
+
+def _published_servers(config: Config, node: Node, nodes: int) -> list[str]:
+    """Addresses of those that `nodes` nodes of the job have started, node by node."""
+    addresses: list[str] = []
+    for index in range(nodes):
+        what = f"the vLLM servers of node {index}"
+        addresses += node.read(f"servers_{index}", config.servers.start_timeout_s, what)
+    return addresses
 
 
 def serve(config: Config, host: str, port: int) -> int:
@@ -313,8 +316,7 @@ def serve_node(config: Config, node: Node) -> int:
     stop.block()
     servers: list[process.Child] = []
     try:
-        first = node.index * config.servers.count
-        servers, addresses = server.start(config, server.secret(), node.logs, node, first)
+        servers, addresses = server.start(config, server.secret(), node, alone=True)
         node.publish(f"servers_{node.index}", addresses)
         if failed := process.supervise([], servers, revived=reviver(config)):
             _report(failed, servers, node)

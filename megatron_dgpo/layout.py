@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dgpo.config import Parallel, Servers
+from megatron_dgpo.config import Config, Parallel, Servers
 
 # vLLM pads its vocabulary to a multiple of this before it splits it (DEFAULT_VOCAB_PADDING_SIZE).
 _VLLM_VOCAB_MULTIPLE = 64
@@ -137,6 +137,15 @@ class ServerLayout:
 
     def first_worker(self, server: int) -> int:
         return server * self.tensor
+
+
+def job_ranks(config: Config, gpus: int, rollout_nodes: int) -> int:
+    """Trainer ranks of a job whose trainer nodes have `gpus` GPUs together; 0: they compute on CPUs.
+
+    Where parallel.data is null and no server keeps a GPU for itself there, one on each.
+    """
+    free = config.parallel.data is None and (rollout_nodes or config.servers.sleep)
+    return gpus if gpus and free else Layout.from_config(config.parallel).world_size
 
 
 def vllm_vocab_size(vocab_size: int) -> int:

@@ -47,7 +47,7 @@ def check(
     if command == "sft":
         load_solutions(config, tokenizer)
     else:
-        _check_rollouts(config)
+        _check_rollouts(config, world_size // local_size)
         _check_shaping(config)
         _check_evaluation(config)
         _check_rewards(config, command, tokenizer)
@@ -141,7 +141,7 @@ def _check_overlaps(parallel: Parallel) -> None:
         )
 
 
-def _check_rollouts(config: Config) -> None:
+def _check_rollouts(config: Config, nodes: int) -> None:
     rollout, servers, transport = config.rollout, config.servers, config.weight_sync.transport
     if rollout.max_response_tokens >= rollout.context_tokens:
         raise UsageError(
@@ -163,7 +163,12 @@ def _check_rollouts(config: Config) -> None:
     if needed is not None and needed != torch.cuda.is_available():
         where = "GPUs, and there are none here" if needed else "the CPU, and here are GPUs"
         raise UsageError(f"weight_sync.transport={transport} is for {where}; use auto")
-    count = len(servers.addresses) or servers.count
+    if nodes > 1 and not servers.addresses and server.transport(config) == "memory":
+        raise UsageError(
+            "weight_sync.transport=memory shares memory with servers of one machine, and those of this job are on "
+            f"{nodes}; use weight_sync.transport=shards"
+        )
+    count = len(servers.addresses) or servers.count * nodes
     if servers.min_serving > count:
         raise UsageError(
             f"servers.min_serving={servers.min_serving} is more than the {count} servers; use {count} or fewer"

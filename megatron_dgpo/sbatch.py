@@ -18,7 +18,7 @@ from megatron_dgpo import legality
 from megatron_dgpo.cluster import DEVICE
 from megatron_dgpo.config import Config, is_file_of_settings
 from megatron_dgpo.errors import UsageError
-from megatron_dgpo.layout import Layout, ServerLayout
+from megatron_dgpo.layout import ServerLayout, job_ranks
 
 _ROOT = Path(__file__).parents[1]
 _SOURCE = "source slurm/job.sh\n"
@@ -27,7 +27,7 @@ _PREFIX = "#SBATCH --"
 
 @dataclass(frozen=True)
 class Size:
-    """nodes: that train. rollout_nodes: that run vLLM servers; 0: the one trainer node runs its own.
+    """nodes: that train. rollout_nodes: that run vLLM servers; 0: each trainer node runs its own.
 
     gpus: of a node; None: none, where the job computes on CPUs. rollout_gpus: of a rollout node; None: the same.
     """
@@ -93,15 +93,14 @@ def _directives(header: str, settings: dict) -> list[str]:
 def _check(config: Config, size: Size) -> None:
     if size.gpus is None and os.environ.get(DEVICE) != "cpu":
         raise UsageError(f"--gpus-per-node is missing: without it SLURM gives the job none; {DEVICE}=cpu needs none")
-    if size.rollout_nodes == 0 and size.nodes > 1:
-        raise UsageError(
-            f"--nodes={size.nodes} trainer nodes need --rollout-nodes: only one alone runs its own servers"
-        )
-    if config.parallel.data:
-        ranks = Layout.from_config(config.parallel).world_size
-        legality.check(legality.of_nodes(ranks, size.nodes, f"--nodes={size.nodes}"))
-    if size.gpus:
-        legality.check(legality.of_trainer_nodes(config.parallel, size.nodes * size.gpus))
-    per_node = size.rollout_gpus or size.gpus
+    gpus = size.nodes * (size.gpus or 0)
+    ranks = job_ranks(config, gpus, size.rollout_nodes)
+    legality.check(legality.of_nodes(ranks, size.nodes, f"--nodes={size.nodes}"))
+    if gpus:
+        legality.check(legality.of_trainer_nodes(config.parallel, gpus))
+    servers, per_node = ServerLayout.from_config(config.servers), size.rollout_gpus or size.gpus
     if size.rollout_nodes and per_node:
-        legality.check(legality.of_rollout_node(ServerLayout.from_config(config.servers), per_node))
+        legality.check(legality.of_rollout_node(servers, per_node))
+    elif size.gpus and not (config.servers.addresses or config.rollout.replay):
+        workers = servers.num_workers
+        legality.check(legality.of_gpus(ranks // size.nodes, workers, size.gpus, config.servers.sleep))

@@ -75,6 +75,17 @@ class Started:
             size = launcher.trainer_size(found, node)
             assert launcher.launch(["train", "config.yaml"], found, node, size, True) == 0
 
+    def shared_job(self, config, nodes: int) -> None:
+        """As slurm/shared.sbatch does: one step, whose nodes all run servers, too."""
+        others = {index: [f"http://10.0.0.{index + 1}:1"] for index in range(nodes)}
+        for index in range(nodes):
+            node = self._node(config, index, nodes, index, 0)
+            for other in others.keys() - {index}:
+                # They start at the same time as this one.
+                node.publish(f"servers_{other}", others[other])
+            found = launcher.find_servers(config, node)
+            assert launcher.launch(["train", "config.yaml"], found, node, launcher.trainer_size(found, node), True) == 0
+
     def _node(self, config, index: int, count: int, place: int, rollout_nodes: int) -> Node:
         self.node = f"10.0.0.{place + 1}"
         variables = {JOB: "7.0", "SLURM_NODEID": str(index), "SLURM_STEP_NUM_NODES": str(count), INTERFACE: "ib0"}
@@ -279,6 +290,23 @@ def test_servers_that_sleep_share_the_ranks_gpus(started, tmp_path, tensor):
         options = dict(zip(child.command, child.command[1:], strict=False))
         assert json.loads(options["--weight-transfer-config"]) == {"backend": "ipc"}
         assert "--enable-sleep-mode" in child.command and child.env["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "1"
+
+
+def test_nodes_share_their_gpus_between_ranks_and_servers(started, tmp_path):
+    """Three machines; a rank is told all of their servers."""
+    overrides = ("weight_sync.transport=auto", "servers.sleep=true", "servers.tensor=4", "servers.count=2")
+    config, _, _ = recipe("qwen2.5-7b", tmp_path, *overrides, "parallel.data=null", "parallel.tensor=2")
+    started.shared_job(config, 3)
+    assert started.uses() == {(f"10.0.0.{node}", str(gpu)): 2 for node in (1, 2, 3) for gpu in range(GPUS)}
+    assert sorted(int(rank.env["RANK"]) for rank in started.ranks) == list(range(3 * GPUS))
+    assert [server.name for server in started.servers] == [f"vLLM server {i}" for i in range(6)]
+    for child in started.servers:
+        options = dict(zip(child.command, child.command[1:], strict=False))
+        assert options["--host"] == child.node == child.env["VLLM_HOST_IP"] and "--enable-sleep-mode" in child.command
+    for rank in started.ranks:
+        hosts = [address.split(":")[1].strip("/") for address in rank.env[server.ADDRESSES].split(",")]
+        own = [host for host in hosts if host == rank.node]
+        assert sorted(set(hosts)) == ["10.0.0.1", "10.0.0.2", "10.0.0.3"] and len(own) == 2
 
 
 def test_gpus_that_slurm_gave_are_the_ones_used(started, tmp_path, monkeypatch):

@@ -54,6 +54,11 @@ def test_gpus_are_asked_for_unless_the_job_computes_on_cpus(capsys, monkeypatch)
     assert "--gpus-per-node is missing: without it SLURM gives the job none" in capsys.readouterr().err
 
 
+def test_nodes_that_run_their_own_servers_make_one_component(capsys):
+    [options] = components(text := printed(capsys, "--nodes=4", "--gpus-per-node=8", "servers.sleep=true"))
+    assert options["nodes"] == "4" and "ROLLOUT_NODES=" not in text
+
+
 def test_equal_nodes_make_one_component(capsys):
     text = printed(capsys, "--nodes=4", "--rollout-nodes=2", "--gpus-per-node=8", "--sbatch=--partition=h100")
     [options] = components(text)
@@ -79,7 +84,8 @@ def test_the_command_line_survives_the_shell(capsys):
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        (["--nodes=2"], "--rollout-nodes"),
+        (["--nodes=2", "--gpus-per-node=4"], "= 4 and servers.count × servers.tensor = 1 GPUs are more than the 4"),
+        (["--gpus-per-node=8", "servers.sleep=true", "servers.count=9"], "but servers.count × servers.tensor = 9 GPUs"),
         (
             ["--nodes=3", "--rollout-nodes=1"],
             "8 ranks do not divide over --nodes=3",

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from megatron_dgpo import process
+from megatron_dgpo.cluster import Node
 from megatron_dgpo.config import load_config
 from megatron_dgpo.metrics import read_metrics
 from megatron_dgpo.rollout import guard, server
@@ -72,7 +73,7 @@ def write_config(folder, family, parallel, transport="auto", sleep=False):
 @contextlib.contextmanager
 def served(config, logs, modules):
     """Servers as the launcher starts them; the variables of its ranks. modules: folder of the grader's."""
-    servers, addresses = server.start(load_config(config), SECRET, logs)
+    servers, addresses = server.start(load_config(config), SECRET, Node(logs))
     try:
         yield {server.ADDRESSES: ",".join(addresses), guard.SECRET: SECRET, "PYTHONPATH": str(modules)}
     finally:

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dgpo import process
+from megatron_dgpo.cluster import Node
 from megatron_dgpo.config import load_config
 from megatron_dgpo.metrics import read_metrics
 from megatron_dgpo.rollout import guard, server
@@ -82,7 +83,7 @@ def _run(folder: Path, name: str, staleness: int, steps: int, sleep_s: float) ->
     config = folder / f"{name}.yaml"
     config.write_text(yaml.safe_dump(settings))
     secret = secrets.token_urlsafe(16)
-    servers, addresses = server.start(load_config(config), secret, run_dir / "logs")
+    servers, addresses = server.start(load_config(config), secret, Node(run_dir / "logs"))
     ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     ranks |= {"MASTER_PORT": str(server.free_port()), server.ADDRESSES: ",".join(addresses), guard.SECRET: secret}
     try:

@@ -219,12 +219,9 @@ class Planner:
         return Server(items | {"vLLM KV cache": cache}, fraction, max(1, min(wanted, fitting)))
 
     def _splits(self, gpus: int, placements: tuple[str, ...]) -> list[tuple[bool, int]]:
-        """(shared, GPUs of the trainer): all of one machine's, or whole machines on either side where there are more.
-
-        Only a launcher that is alone runs servers beside ranks, so that GPUs of several machines are not shared.
-        """
+        """(shared, GPUs of the trainer): all of them, or whole machines on either side where there are several."""
         per_node = self.cluster.gpus_per_node
-        found = [(True, gpus)] if "shared" in placements and gpus <= per_node else []
+        found = [(True, gpus)] if "shared" in placements else []
         if "separate" in placements:
             unit = per_node if gpus > per_node and gpus % per_node == 0 else 1
             # Above eight units only every eighth of the cluster: finer steps change a plan by less than its error.

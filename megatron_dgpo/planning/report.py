@@ -169,8 +169,8 @@ def write_settings(folder: Path, plan: Plan, work: Workload, cluster: Cluster, c
 def _job(plan: Plan, settings: dict, overrides: list[str], cluster: Cluster, file: Path) -> str:
     sides = plan.trainer.world_size, plan.rollout.num_workers
     trainer, rollout = (max(1, gpus // cluster.gpus_per_node) for gpus in sides)
-    if plan.gpus <= cluster.gpus_per_node:
-        # The trainer's own.
+    if plan.rollout.shared or plan.gpus <= cluster.gpus_per_node:
+        # The trainer's nodes' own.
         rollout = 0
     size = sbatch.Size(trainer, rollout, min(plan.gpus, cluster.gpus_per_node))
     # Paths are the config's own; the sizes alone are looked at.

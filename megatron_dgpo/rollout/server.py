@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_dgpo import legality, process
-from megatron_dgpo.cluster import Node
+from megatron_dgpo.cluster import LOOPBACK, Node
 from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.layout import Layout, ServerLayout
@@ -25,22 +25,21 @@ _PORTS = range(20000, 32768)
 _TRIES = 100
 
 
-def start(
-    config: Config, secret: str, logs: Path, node: Node | None = None, first: int = 0
-) -> tuple[list[process.Child], list[str]]:
+def start(config: Config, secret: str, node: Node, alone: bool = False) -> tuple[list[process.Child], list[str]]:
     """Start `servers.count` servers on this machine; returns them and their addresses, not yet healthy.
 
-    node: of a job, that runs nothing else, for trainers on other nodes; its servers are counted from `first`. None:
-    beside the trainer, on loopback.
+    They listen on loopback, unless ranks of other nodes are to reach them. alone: on a node that runs no ranks.
     """
     children, found = [], []
-    host = node.address if node else "127.0.0.1"
-    shared = {**(node.environment() if node else {}), **os.environ, SECRET: secret}
+    elsewhere = alone or node.count > 1
+    host = node.address if elsewhere else LOOPBACK
+    shared = {**(node.environment() if elsewhere else {}), **os.environ, SECRET: secret}
     for index in range(config.servers.count):
         port = free_port(host)
-        name = f"vLLM server {first + index}"
-        log = logs / f"vllm_{first + index}.log"
-        variables = shared | environment(config, index, alone=node is not None)
+        number = node.index * config.servers.count + index
+        name = f"vLLM server {number}"
+        log = node.logs / f"vllm_{number}.log"
+        variables = shared | environment(config, index, alone)
         children.append(process.start(name, command(config, port, host), variables, log))
         found.append(f"http://{host}:{port}")
     return children, found

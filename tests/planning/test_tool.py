@@ -20,8 +20,11 @@ MODEL = str(Path(__file__).parents[2] / "examples" / "qwen2.5-7b" / "model")
 SMALL = [MODEL, "--gpus", "8", "--prompts", "32", "--group", "8", "--max-response-tokens", "2048"]
 
 
-def test_plan_is_written_as_settings_and_json(tmp_path, capsys):
-    assert main([*SMALL, "--write", str(tmp_path / "plan"), "--json", str(tmp_path / "plan.json")]) == 0
+@pytest.mark.parametrize("nodes, placement", [(1, "any"), (2, "shared"), (2, "separate")])
+def test_plan_is_written_as_settings_and_json(tmp_path, capsys, nodes, placement):
+    gpus = ["--gpus", str(8 * nodes)]
+    asked = [*SMALL, *gpus, "--placement", placement]
+    assert main([*asked, "--write", str(tmp_path / "plan"), "--json", str(tmp_path / "plan.json")]) == 0
     out = capsys.readouterr().out
     for word in ("layouts run", "why the closest fails", "activations", "vLLM KV cache", "policy: update", "bound"):
         assert word in out
@@ -33,7 +36,8 @@ def test_plan_is_written_as_settings_and_json(tmp_path, capsys):
     (tmp_path / "bare.yaml").write_text(yaml.safe_dump(bare))
     assert load_config(tmp_path / "bare.yaml", (tmp_path / "plan" / "overrides.txt").read_text().split()) == config
     job = (tmp_path / "plan" / "job.sbatch").read_text()
-    assert "#SBATCH --nodes=1\n" in job and "#SBATCH --gpus-per-node=8\n" in job
+    assert f"#SBATCH --nodes={nodes}\n" in job and "#SBATCH --gpus-per-node=8\n" in job
+    assert ("\nROLLOUT_NODES=1\n" in job) == (placement == "separate")
     assert f"parallel.tensor={config.parallel.tensor}" in job and str(Path("config.yaml").resolve()) in job
     everything = json.loads((tmp_path / "plan.json").read_text())
     chosen = everything["chosen"]
@@ -42,8 +46,8 @@ def test_plan_is_written_as_settings_and_json(tmp_path, capsys):
     assert chosen["step_s"] <= 1.03 * min(plan["step_s"] for plan in running)
     assert all(max(sum(stage.values()) for stage in plan["stages"]) <= GPUS["h100"].memory_bytes for plan in running)
     # The written config, given back, is the same plan.
-    gpus = ["--gpus", "8", "--config", str(tmp_path / "config.yaml")]
-    assert main([MODEL, *gpus, "--json", str(tmp_path / "again.json")]) == 0
+    given = [*gpus, "--config", str(tmp_path / "config.yaml")]
+    assert main([MODEL, *given, "--json", str(tmp_path / "again.json")]) == 0
     again = json.loads((tmp_path / "again.json").read_text())["chosen"]
     assert again["trainer"] == chosen["trainer"] and again["rollout"] == chosen["rollout"]
     assert again["step_s"] == pytest.approx(chosen["step_s"], rel=0.02)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_dgpo import launcher, process
+from megatron_dgpo.cluster import Node
 from megatron_dgpo.rollout import server
 from megatron_dgpo.rollout.client import Engines
 from tests.layouts import make_config
@@ -51,7 +52,7 @@ def fleet(tmp_path_factory):
     for version in range(1, VERSIONS + 1):
         make_tiny_model(folder / f"model-{version}", "qwen2", seed=version, max_position_embeddings=512)
     config = make_test_config(folder, "shards")
-    children, addresses = server.start(config, SECRET, folder)
+    children, addresses = server.start(config, SECRET, Node(folder))
     revived, closing = launcher.reviver(config), threading.Event()
     watch = threading.Thread(
         target=process.supervise, args=([], children), kwargs={"revived": lambda c: not closing.is_set() and revived(c)}

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dgpo import process
+from megatron_dgpo.cluster import Node
 from megatron_dgpo.layout import Layout
 from megatron_dgpo.rollout import client, server
 from megatron_dgpo.rollout.client import EngineError, Engines
@@ -49,7 +50,7 @@ class Live:
             weight_sync={"check_all": True, "transport": "memory"},
         )
         self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-        self.children, addresses = server.start(self.config, SECRET, folder)
+        self.children, addresses = server.start(self.config, SECRET, Node(folder))
         self.engines = Engines(addresses, SECRET, 60, [2])
         self.address = addresses[0]
         self.architecture = read_architecture(model_dir)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_dgpo import process
+from megatron_dgpo.cluster import Node
 from megatron_dgpo.rollout import server
 from megatron_dgpo.rollout.client import BROKEN, Engines
 from tests.layouts import MIXTURE_LAYOUTS, make_config
@@ -59,7 +60,7 @@ def live(request, tmp_path_factory):
 def running_server(folder, family, tensor):
     make_tiny_model(folder / "model", family, **SIZES)
     config = make_test_config(folder, tensor, {})
-    children, addresses = server.start(config, SECRET, folder)
+    children, addresses = server.start(config, SECRET, Node(folder))
     try:
         engines = Engines(addresses, SECRET, 60, [2])
         engines.wait_until_healthy()

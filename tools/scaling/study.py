@@ -26,7 +26,7 @@ Scaling = Literal["strong", "weak", "64k", "128k"]
 SCALINGS: tuple[Scaling, ...] = ("strong", "weak")
 GPU_COUNTS = tuple(8 * 2**n for n in range(10))
 # Machines of eight; and for models whose vLLM server needs more GPUs than such a machine, NVLink domains of 64 (of an
-# NVL72), made of many hosts: no launcher shares GPUs there.
+# NVL72), made of many hosts: servers that are larger than a host are started apart.
 CLUSTERS = {"h100": Cluster(GPUS["h100"], 8), "b200-nvl64": Cluster(GPUS["b200"], 64)}
 ONLY_LARGEST = {"b200-nvl64": ("Llama-3.1-405B", "671B-mixture")}
 # 128 prompts of 16 responses, tools/plan_parallelism.py's defaults; weak scaling has as many at BASE_GPUS.
