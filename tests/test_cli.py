@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from megatron_dgpo.cli import main
+from megatron_dgpo.cluster import JOB
 from megatron_dgpo.config import load_config, setting_names
 from tools.tiny_models import make_tiny_model
 
@@ -314,6 +315,14 @@ def test_more_processes_than_a_cpu_can_run(case, capsys):
 
 def test_a_transport_for_gpus(case, capsys):
     case.fails(capsys, ["weight_sync.transport=ipc is for GPUs"], "weight_sync.transport=ipc")
+
+
+def test_memory_is_shared_on_one_machine(case, capsys, monkeypatch):
+    monkeypatch.setenv(JOB, "7.0")
+    monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
+    expected = ["weight_sync.transport=memory", "those of this job are on 2", "use weight_sync.transport=shards"]
+    case.fails(capsys, expected, "parallel.data=2")
 
 
 @pytest.mark.parametrize(
