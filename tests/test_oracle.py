@@ -35,6 +35,8 @@ ALGORITHMS = {
     "FIPO": dict(credit="future_kl", future_half_life=3.0, future_low=0.7, dual_clip=1.5, clip_high=0.28),
     "distillation, k2": dict(credit="none", teacher=0.5, kl="k2", kl_coefficient=0.1),
     "ExOPD": dict(credit="uniform", teacher=0.5, teacher_extrapolation=1.25),
+    # Whose loss has no term of it.
+    "KL in the reward": dict(tau=0.02, kl="reward", kl_coefficient=0.1),
 }
 LARGEST_RESPONSE = 20
 
@@ -172,6 +174,7 @@ WEIGHTS = {"right": 1.0, "brief": 0.7, "watched": 0.0}
 ADVANTAGES = {
     "mean_std": dict(),
     "batch_std": dict(advantage="batch_std"),
+    "RLOO, KL in the reward": dict(advantage="rloo", kl="reward", kl_coefficient=0.3),
     "GDPO": dict(advantage="decoupled"),
     "GD²PO": dict(advantage="decoupled", conflict=0.2),
     "MathForge": dict(advantage="mean_mad", group_weight="difficulty"),
@@ -185,10 +188,10 @@ def outcomes():
     found = []
     for index in range(12):
         for right in (torch.rand(4, generator=draw) * 1.5 > index / 10).double().tolist():
-            brief, watched = torch.rand(2, generator=draw, dtype=torch.float64).tolist()
+            brief, watched, kl = torch.rand(3, generator=draw, dtype=torch.float64).tolist()
             brief = 0.5 if index in (2, 10, 11) else brief
             reward = right + 0.7 * brief
-            found.append(Outcome(reward, (right, brief, watched), reward >= 1, 5, False))
+            found.append(Outcome(reward, (right, brief, watched), reward >= 1, 5, False, 5 * kl - 2))
     return found
 
 
@@ -198,11 +201,13 @@ def test_advantages_of_a_step_equal_the_oracle(name):
     config = make_config("none", algorithm=ADVANTAGES[name], reward=reward, rollout={"group_size": 4})
     made = outcomes()
     found, counted = step_advantages(made, config)
-    groups = [[(r.reward, r.components, r.correct) for r in made[first : first + 4]] for first in range(0, 48, 4)]
+    price = config.algorithm.kl_coefficient if config.algorithm.kl == "reward" else 0.0
+    rows = [(r.reward - price * r.kl, r.components, r.correct) for r in made]
+    groups = [rows[first : first + 4] for first in range(0, 48, 4)]
     expected = [row for group in advantages(groups, config.algorithm, [*WEIGHTS.values()]) for row in group]
     assert found.tolist() == pytest.approx([advantage for advantage, _ in expected], rel=1e-6, abs=1e-6)
     assert counted.tolist() == [counts for _, counts in expected]
-    assert counted.all() == (name in ("mean_std", "batch_std", "GDPO")) and counted.sum() > 12
+    assert counted.all() == (name in ("mean_std", "batch_std", "RLOO, KL in the reward", "GDPO")) and counted.sum() > 12
 
 
 @functools.cache

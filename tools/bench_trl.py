@@ -36,9 +36,16 @@ class Case(NamedTuple):
     response_tokens: int
     context_tokens: int
     lr: float
+    bf16: bool = False
+    """Each in its own mixed precision: here weights in bfloat16 with a float32 copy for the optimizer, there float32
+    weights under autocast, TRL's default."""
 
 
-CASES = {"demo": Case(32, 8, 64, 96, 1e-4), "42M": Case(8, 8, 96, 160, 1e-5)}
+CASES = {
+    "demo": Case(32, 8, 64, 96, 1e-4),
+    "42M": Case(8, 8, 96, 160, 1e-5),
+    "42M, bf16": Case(8, 8, 96, 160, 1e-5, True),
+}
 
 
 def model_and_problems(case: str, folder: Path) -> tuple[Path, Path]:
@@ -71,7 +78,7 @@ def ours(case: Case, model: Path, problems: Path, folder: Path, steps: int, tens
 
     settings = {
         "run": {"dir": str(folder / "run"), "steps": steps},
-        "model": {"path": str(model), "dtype": "float32"},
+        "model": {"path": str(model), "dtype": "bfloat16" if case.bf16 else "float32"},
         "parallel": {"tensor": tensor},
         "batch": {"micro_batch_tokens": 16384},
         "optimizer": {"lr": case.lr},
@@ -129,7 +136,7 @@ def theirs(case: Case, model: Path, problems: Path, steps: int) -> dict:
         settings = GRPOConfig(
             output_dir=folder,
             use_cpu=not torch.cuda.is_available(),
-            bf16=False,
+            bf16=case.bf16,
             gradient_checkpointing=False,
             per_device_train_batch_size=case.prompts * case.group,
             num_generations=case.group,

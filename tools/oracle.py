@@ -91,7 +91,7 @@ def dense_step(
 def advantages(groups, algorithm, weights):
     """[(advantage, whether it counts)] a group, of a step's groups of [(reward, [several rewards], whether right)].
 
-    weights: of the several. Of `algorithm.advantage` mean_std, and what a later stage changes or is combined with.
+    weights: of the several. Of `algorithm.advantage` mean_std, and what is combined with another stage.
     """
     found = [in_group(group, algorithm, weights) for group in groups]
     mean, divisor = 0.0, 1.0
@@ -117,6 +117,8 @@ def in_group(group, algorithm, weights):
     if algorithm.advantage == "mean_mad":
         deviation = sum(abs(r - mean) for r in rewards) / size
         return [((r - mean) / (deviation + eps), True) for r in rewards]
+    if algorithm.advantage == "rloo":
+        return [(r - (sum(rewards) - r) / (size - 1), True) for r in rewards]
     if algorithm.advantage == "mean_std":
         return [(a, True) for a in standard(rewards, eps)]
     by_reward = [[c * a for a in standard([row[1][k] for row in group], eps)] for k, c in enumerate(weights)]
