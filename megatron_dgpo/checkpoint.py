@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import random
 import shutil
@@ -38,7 +37,6 @@ from megatron_dgpo.complete_folder import complete_folder, partial_folder
 from megatron_dgpo.config import Checkpoint
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.manifest import (
-    MANIFEST,
     Origins,
     Progress,
     candidates,
@@ -49,6 +47,7 @@ from megatron_dgpo.manifest import (
     read_manifest,
     step_of,
     total_bytes,
+    write_manifest,
     wrong_sizes,
 )
 from megatron_dgpo.model.collectives import all_gathered, from_rank_0
@@ -124,7 +123,7 @@ class Writing:
         self._copy = None
         checksums = _checksums(self._partial)
         if self._leads:
-            (self._partial / MANIFEST).write_text(json.dumps(self._manifest | {"files": checksums}, indent=1))
+            write_manifest(self._partial, self._manifest | {"files": checksums})
             self._block.close()
             for old in candidates(self._folder)[self._settings.keep :]:
                 if not (self._settings.keep_every and step_of(old) % self._settings.keep_every == 0):

@@ -87,10 +87,20 @@ def oldest_progress(folder: Path, keep: int) -> Progress | None:
     return next((Progress(**manifest["progress"]) for manifest in manifests), None)
 
 
+def write_manifest(path: Path, content: dict) -> None:
+    (path / MANIFEST).write_text(json.dumps(content | {"checksum": _checksum(content)}, indent=1))
+
+
+def _checksum(content: dict) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
 def read_manifest(path: Path) -> dict | None:
-    """None where it is missing, was cut short or holds something else."""
+    """None where it is missing, was cut short or changed, or holds something else."""
     try:
         content = read_object(path / MANIFEST)
+        if content.pop("checksum", None) not in (None, _checksum(content)):
+            return None
         progress = checked(path / MANIFEST, content, _Manifest).progress
     except UsageError:
         return None

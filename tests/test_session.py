@@ -14,7 +14,7 @@ import torch
 
 from megatron_dgpo.config import Checkpoint
 from megatron_dgpo.errors import UsageError
-from megatron_dgpo.manifest import changes, check_origins, fingerprint, origins, read_manifest
+from megatron_dgpo.manifest import changes, check_origins, fingerprint, origins, read_manifest, write_manifest
 from megatron_dgpo.rollout.response import Response
 from megatron_dgpo.weight_sync.canary import Canary
 from megatron_dgpo.weight_sync.shards import StaleWeightsError
@@ -396,6 +396,21 @@ def test_what_may_change_is_told_and_nothing_else(model, rows):
 def test_what_is_no_manifest_is_none(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     assert read_manifest(tmp_path) is None
+
+
+def test_a_bit_that_flips_in_a_manifest_is_found(tmp_path):
+    content = {"progress": {"step": 5, "prompts": 40, "weight_version": 5}, "architecture": {"heads": 2, "tied": True}}
+    content |= {"files": {"a.distcp": [12, 3_000_000_000]}, "layout": {"tensor": 2}, "origins": {"run.seed": ["1"]}}
+    write_manifest(tmp_path, content)
+    written = (tmp_path / "manifest.json").read_bytes()
+    assert read_manifest(tmp_path) == content
+    for place in range(8 * len(written)):
+        flipped = bytearray(written)
+        flipped[place // 8] ^= 1 << place % 8
+        (tmp_path / "manifest.json").write_bytes(flipped)
+        found = read_manifest(tmp_path)
+        # In the checksum's own name it changes nothing else.
+        assert found is None or content.items() <= found.items(), bytes(flipped)
 
 
 # The canary
