@@ -102,7 +102,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _add_sizes(command: argparse.ArgumentParser) -> None:
     command.add_argument("--nodes", type=_count, default=1, help="trainer nodes")
-    command.add_argument("--rollout-nodes", type=_count, default=0, help="vLLM nodes; none: the trainer's runs servers")
+    command.add_argument(
+        "--rollout-nodes", type=_count, default=0, help="vLLM nodes; none: each trainer node runs servers"
+    )
     command.add_argument("--gpus-per-node", type=_count)
     command.add_argument("--rollout-gpus-per-node", type=_count, help="makes a heterogeneous job if it differs")
     command.add_argument("--time", help="limit of the job, as sbatch writes it")
@@ -156,8 +158,18 @@ def _run(options: argparse.Namespace, config: Config, arguments: list[str]) -> i
     if options.command == "eval" and not node.in_job:
         # Beside those of a training that may be running.
         node = replace(node, logs=node.logs / "eval")
-    if options.command == "serve":
-        return launcher.serve_node(config, node) if node.in_job else launcher.serve(config, options.host, options.port)
+    if options.command == "serve" and not node.in_job:
+        return launcher.serve(config, options.host, options.port)
+    with node.telling_refusals():
+        if options.command == "serve":
+            return launcher.serve_node(config, node)
+        return _start(options, config, arguments, node)
+
+
+def _start(options: argparse.Namespace, config: Config, arguments: list[str], node: Node) -> int:
+    """This node's share of a command that needs ranks."""
+    from megatron_dgpo import launcher
+
     needs_servers = options.command != "sft" and config.rollout.replay is None
     if needs_servers:
         config = launcher.find_servers(config, node)

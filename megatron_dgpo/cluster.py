@@ -13,7 +13,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,12 +74,15 @@ class Node:
         partial.rename(self.logs / f"{name}.json")
 
     def read(self, name: str, timeout_s: float, what: str):
-        """What a node has published, when it has; raises UsageError with `what` was waited for."""
+        """What a node has published, when it has; raises UsageError with `what` was waited for, at once where a node
+        has failed."""
         file = self.logs / f"{name}.json"
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             with contextlib.suppress(FileNotFoundError):
                 return json.loads(file.read_text())
+            if self.has_failed():
+                raise UsageError(f"another node of the job has failed, while {what} was waited for")
             # Lets a network file system look again.
             with contextlib.suppress(FileNotFoundError):
                 os.listdir(self.logs)
@@ -104,6 +107,18 @@ class Node:
     def has_failed(self) -> bool:
         """Whether some node of the job has."""
         return self.in_job and (self.logs / "failed").exists()
+
+    @contextlib.contextmanager
+    def telling_refusals(self) -> Iterator[None]:
+        """Around what other nodes may wait for: a UsageError is this node's failure."""
+        try:
+            yield
+        except UsageError:
+            if self.in_job:
+                with contextlib.suppress(OSError):
+                    self.logs.mkdir(parents=True, exist_ok=True)
+                    self.is_first_failure()
+            raise
 
     def is_first_failure(self) -> bool:
         """True for the first caller of the whole job: its failure caused the others'."""

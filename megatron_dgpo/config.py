@@ -159,7 +159,8 @@ class Parallel(Section):
     """Ranks, out of the tensor × context × data ranks of a pipeline stage, that share a layer's experts between them;
     each expert is whole on one of them."""
     data: Count | None = None
-    """Replicas; null: what the number of ranks leaves, or 1 when this command starts the ranks."""
+    """Replicas; null: what the number of ranks leaves. Where this command starts these: 1, or in a job whose servers
+    sleep or have nodes of their own as many as the GPUs hold."""
     sequence: bool = False
     """Sequence parallelism over the tensor-parallel group."""
     distributed_optimizer: bool = False

@@ -82,10 +82,10 @@ def launch(arguments: list[str], config: Config, node: Node, world_size: int, ne
                 stale.unlink(missing_ok=True)
         addresses = list(config.servers.addresses)
         if needs_servers and not addresses:
-            servers, addresses = server.start(config, secret, node)
+            servers, addresses = server.start(config, secret, node, world_size // node.count)
             if node.count > 1:
                 node.publish(f"servers_{node.index}", addresses)
-                addresses = _published_servers(config, node, node.count)
+                addresses = _published_servers(config, node, node.count, "node")
         master = _agree_on_master(config, node)
         for local_rank in range(world_size // node.count):
             ranks.append(_start_rank(local_rank, node, world_size, master, arguments, addresses, secret, held))
@@ -285,15 +285,16 @@ def find_servers(config: Config, node: Node) -> Config:
     """With the addresses of the servers that the job's rollout nodes have started, if it has any."""
     if not node.rollout_nodes:
         return config
-    addresses = _published_servers(config, node, node.rollout_nodes)
+    legality.check(legality.of_sleep(config.servers.sleep, node.rollout_nodes))
+    addresses = _published_servers(config, node, node.rollout_nodes, "rollout node")
     return config.model_copy(update={"servers": config.servers.model_copy(update={"addresses": tuple(addresses)})})
 
 
-def _published_servers(config: Config, node: Node, nodes: int) -> list[str]:
-    """Addresses of those that `nodes` nodes of the job have started, node by node."""
+def _published_servers(config: Config, node: Node, nodes: int, kind: str) -> list[str]:
+    """Addresses of those that the `nodes` nodes of this kind have started, node by node."""
     addresses: list[str] = []
     for index in range(nodes):
-        what = f"the vLLM servers of node {index}"
+        what = f"the vLLM servers of {kind} {index}"
         addresses += node.read(f"servers_{index}", config.servers.start_timeout_s, what)
     return addresses
 
@@ -305,7 +306,7 @@ def serve(config: Config, host: str, port: int) -> int:
     # Whoever starts several divides the machine.
     config = config.model_copy(update={"servers": config.servers.model_copy(update={"count": 1})})
     command = server.command(config, port, host)
-    os.execve(command[0], command, {**os.environ, **server.environment(config, 0, alone=True)})
+    os.execve(command[0], command, {**os.environ, **server.environment(config, 0, ranks=0)})
 
 
 def serve_node(config: Config, node: Node) -> int:
@@ -316,7 +317,7 @@ def serve_node(config: Config, node: Node) -> int:
     stop.block()
     servers: list[process.Child] = []
     try:
-        servers, addresses = server.start(config, server.secret(), node, alone=True)
+        servers, addresses = server.start(config, server.secret(), node)
         node.publish(f"servers_{node.index}", addresses)
         if failed := process.supervise([], servers, revived=reviver(config)):
             _report(failed, servers, node)

@@ -180,7 +180,7 @@ def of_server_gpus(server: ServerLayout, index: int, first_gpu: int, gpus: int) 
 
 def of_nodes(ranks: int, nodes: int, where: str) -> Iterator[str]:
     if ranks % nodes:
-        yield f"{_RANKS} = {ranks} ranks do not divide over {where}"
+        yield f"{_RANKS} = {ranks} ranks do not divide over {where}; set parallel.data so that they do"
 
 
 def of_trainer_nodes(parallel: Parallel, gpus: int) -> Iterator[str]:
@@ -190,6 +190,14 @@ def of_trainer_nodes(parallel: Parallel, gpus: int) -> Iterator[str]:
         yield f"{_RANKS} = {layout.world_size} ranks, and the nodes have {gpus} GPUs"
     if parallel.data is None and gpus % layout.model_size:
         yield f"parallel.tensor × context × pipeline = {layout.model_size} does not divide the nodes' {gpus} GPUs"
+
+
+def of_sleep(sleep: bool, rollout_nodes: int) -> Iterator[str]:
+    if sleep and rollout_nodes:
+        yield (
+            "servers.sleep=true is for servers on the ranks' own GPUs, and those of rollout nodes have others; set it "
+            "to false, or run the job without rollout nodes"
+        )
 
 
 def of_rollout_node(server: ServerLayout, gpus: int) -> Iterator[str]:

@@ -163,10 +163,10 @@ def _check_rollouts(config: Config, nodes: int) -> None:
     if needed is not None and needed != torch.cuda.is_available():
         where = "GPUs, and there are none here" if needed else "the CPU, and here are GPUs"
         raise UsageError(f"weight_sync.transport={transport} is for {where}; use auto")
-    if nodes > 1 and not servers.addresses and server.transport(config) == "memory":
+    if nodes > 1 and not (servers.addresses or rollout.replay) and server.transport(config) == "memory":
         raise UsageError(
-            "weight_sync.transport=memory shares memory with servers of one machine, and those of this job are on "
-            f"{nodes}; use weight_sync.transport=shards"
+            f"weight_sync.transport={transport} shares memory on a CPU, with servers of one machine, and those of this "
+            f"job are on {nodes}; use shards"
         )
     count = len(servers.addresses) or servers.count * nodes
     if servers.min_serving > count:

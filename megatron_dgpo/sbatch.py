@@ -93,6 +93,7 @@ def _directives(header: str, settings: dict) -> list[str]:
 def _check(config: Config, size: Size) -> None:
     if size.gpus is None and os.environ.get(DEVICE) != "cpu":
         raise UsageError(f"--gpus-per-node is missing: without it SLURM gives the job none; {DEVICE}=cpu needs none")
+    legality.check(legality.of_sleep(config.servers.sleep, size.rollout_nodes))
     gpus = size.nodes * (size.gpus or 0)
     ranks = job_ranks(config, gpus, size.rollout_nodes)
     legality.check(legality.of_nodes(ranks, size.nodes, f"--nodes={size.nodes}"))

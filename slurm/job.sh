@@ -46,13 +46,13 @@ avoid_failed_nodes() {
 
 steps=()
 # step SRUN_OPTION... COMMAND CONFIG OVERRIDE...: `megatron-dgpo COMMAND CONFIG OVERRIDE...` in the background, with %a
-# replaced by the job's index in its array. When one node's launcher has ended the others get 15 seconds; not
+# replaced by the job's index in its array. When one node's launcher has ended the others get 30 seconds; not
 # --kill-on-bad-exit, under which the exit status that means "continue me" would kill whoever is just writing the last of
 # a checkpoint.
 step() {
     local options=()
     while [[ $1 == -* ]]; do options+=("$1") && shift; done
-    srun --export=ALL --ntasks-per-node=1 --wait=15 --kill-on-bad-exit=0 --disable-status "${container[@]}" \
+    srun --export=ALL --ntasks-per-node=1 --wait=30 --kill-on-bad-exit=0 --disable-status "${container[@]}" \
         "${options[@]}" "$PYTHON" -m megatron_dgpo.cli "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}" &
     steps+=($!)
 }

@@ -11,9 +11,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from megatron_dgpo import preflight
 from megatron_dgpo.cli import main
-from megatron_dgpo.cluster import JOB
 from megatron_dgpo.config import load_config, setting_names
+from megatron_dgpo.errors import UsageError
+from tests.layouts import make_config
 from tools.tiny_models import make_tiny_model
 
 
@@ -317,12 +319,13 @@ def test_a_transport_for_gpus(case, capsys):
     case.fails(capsys, ["weight_sync.transport=ipc is for GPUs"], "weight_sync.transport=ipc")
 
 
-def test_memory_is_shared_on_one_machine(case, capsys, monkeypatch):
-    monkeypatch.setenv(JOB, "7.0")
-    monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
-    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
-    expected = ["weight_sync.transport=memory", "those of this job are on 2", "use weight_sync.transport=shards"]
-    case.fails(capsys, expected, "parallel.data=2")
+def test_memory_is_shared_on_one_machine(tmp_path):
+    with pytest.raises(
+        UsageError, match="weight_sync.transport=auto shares memory .* of this job are on 2; use shards"
+    ):
+        preflight._check_rollouts(make_config("unused"), nodes=2)
+    # Recorded responses need no server.
+    preflight._check_rollouts(make_config("unused", rollout={"replay": tmp_path}), nodes=2)
 
 
 @pytest.mark.parametrize(

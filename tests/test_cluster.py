@@ -78,6 +78,15 @@ def test_waiting_has_an_end(tmp_path):
         Node(tmp_path / "logs").read("s", 0.5, "the servers")
 
 
+def test_a_node_that_is_refused_is_not_waited_for(tmp_path):
+    ours, theirs = (Node.here(tmp_path, VARIABLES | {"SLURM_NODEID": str(index)}) for index in (0, 1))
+    with pytest.raises(UsageError, match="no such model"), ours.telling_refusals():
+        raise UsageError("no such model")
+    with pytest.raises(UsageError, match="another node of the job has failed, while the servers of node 0 was waited"):
+        theirs.read("servers_0", 600, "the servers of node 0")
+    assert not theirs.is_first_failure()
+
+
 def test_only_one_failure_is_the_first(tmp_path):
     nodes = [Node.here(tmp_path, VARIABLES | {"SLURM_NODEID": str(i)}) for i in range(3)]
     nodes[0].logs.mkdir(parents=True)

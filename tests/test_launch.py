@@ -309,6 +309,13 @@ def test_nodes_share_their_gpus_between_ranks_and_servers(started, tmp_path):
         assert sorted(set(hosts)) == ["10.0.0.1", "10.0.0.2", "10.0.0.3"] and len(own) == 2
 
 
+def test_servers_of_several_nodes_have_the_gpus_behind_their_ranks(started, tmp_path):
+    config, _, _ = recipe("qwen2.5-7b", tmp_path, "parallel.tensor=2", "parallel.data=2", "servers.tensor=4")
+    started.shared_job(config, 2)
+    assert started.uses() == {(f"10.0.0.{node}", str(gpu)): 1 for node in (1, 2) for gpu in range(6)}
+    assert [started.gpus_of(child) for child in started.servers] == [["2", "3", "4", "5"]] * 2
+
+
 def test_gpus_that_slurm_gave_are_the_ones_used(started, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,5,4,3,2,1,0")
     started.machine(recipe("qwen2.5-7b", tmp_path)[0])

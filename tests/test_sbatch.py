@@ -92,6 +92,7 @@ def test_the_command_line_survives_the_shell(capsys):
         ),
         (["--nodes=2", "--rollout-nodes=1", "--gpus-per-node=2"], "8 ranks, and the nodes have 4 GPUs"),
         (["--rollout-nodes=1", "--gpus-per-node=8", "servers.count=9"], "servers.count × servers.tensor = 9 GPUs"),
+        (["--rollout-nodes=1", "--gpus-per-node=8", "servers.sleep=true"], "those of rollout nodes have others"),
         (["--rollout-nodes=1", "--gpus-per-node=3", "parallel.data=null"], "2 does not divide the nodes' 3 GPUs"),
         (["algorithm.tua=1"], "did you mean 'algorithm.tau'"),
     ],

@@ -360,8 +360,9 @@ def sides_of(config: Config, gpus: int, gpus_per_node: int) -> tuple[TrainerSide
     # servers.count is of one machine.
     machine = ServerLayout.from_config(servers)
     asked = Layout.from_config(parallel)
-    shared = parallel.data is not None and asked.world_size == gpus
-    ranks = asked.world_size if parallel.data else max(asked.model_size, gpus - machine.num_workers)
+    shared = servers.sleep if parallel.data is None else asked.world_size == gpus
+    rest = gpus if shared else max(asked.model_size, gpus - machine.num_workers)
+    ranks = asked.world_size if parallel.data else rest
     place = "host" if config.model.reference_offload else "device"
     trainer = replace(
         TrainerSide.from_config(parallel, ranks),

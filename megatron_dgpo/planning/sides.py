@@ -267,7 +267,7 @@ def _chunk_counts(layers: int, pipeline: int) -> list[int]:
 def rollout_sides(
     architecture: Architecture, gpus: int, gpus_per_node: int, shared: bool
 ) -> Iterator[tuple[RolloutSide, str | None]]:
-    for tensor in divisors(gpus):
-        if tensor <= gpus_per_node:
+    for tensor in divisors(min(gpus, gpus_per_node)):
+        if gpus % tensor == 0:
             rollout = RolloutSide(tensor, gpus // tensor, shared=shared, sleep=shared)
             yield rollout, rollout_refusal(architecture, rollout, gpus_per_node)

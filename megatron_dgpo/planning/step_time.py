@@ -12,6 +12,7 @@ batching and checkpoints are left out.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_dgpo.planning import memory
@@ -260,14 +261,15 @@ def rollout_time(
 
 def sync_time(sizes: Sizes, trainer: TrainerSide, rollout: RolloutSide, cluster: Cluster) -> Seconds:
     """New weights to all servers. separate (`shards`): every worker gets its own shard once, all ranks send; shared
-    (`ipc`): tensors are gathered on every trainer rank and read there; a sleeping server's old ones go to the host and
-    come back."""
+    (`ipc`): tensors are gathered on every trainer rank and read there, bucket by bucket, of which rank 0 tells every
+    server; a sleeping server's old ones go to the host and come back."""
     model, reached = 2 * sizes.parameters, cluster.efficiencies
     if rollout.shared:
         gathered = model / cluster.bandwidth(trainer.world_size)
         moved = 2 * memory.vllm_weights(sizes, rollout.tensor) / reached.pcie_bandwidth if rollout.sleep else 0.0
         copied = 2 * model / (cluster.gpu.memory_bandwidth * reached.memory)
-        return Seconds(network=reached.sync_s + gathered, memory=moved + copied)
+        told = math.ceil(model / memory.BUCKET_BYTES) * rollout.servers * reached.request_s
+        return Seconds(network=reached.sync_s + gathered + told, memory=moved + copied)
     received = memory.vllm_weights(sizes, rollout.tensor)
     sent = model * rollout.servers / trainer.world_size
     everything = trainer.world_size + rollout.num_workers

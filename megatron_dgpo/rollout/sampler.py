@@ -55,9 +55,10 @@ class Sampler:
         stop_token_ids: list[int],
         sharers: int,
         updating: Callable[[], bool] = lambda: False,
+        number: int = 0,
     ) -> None:
-        """sharers: replicas that ask the same servers. updating: whether a weight update, which has limits of its own,
-        is under way; any thread may answer."""
+        """sharers: replicas that ask the same servers, of which this is `number`. updating: whether a weight update,
+        which has limits of its own, is under way; any thread may answer."""
         self._rollout, self._servers = config.rollout, config.servers
         self._stop = stop_token_ids
         # Together not more than a server decodes at once: one that is lost takes little with it, one that returns has
@@ -65,6 +66,8 @@ class Sampler:
         self._most = -(-self._servers.max_concurrent // sharers)
         self._most_in_all = max(1, connections() // 2)
         self._updating = updating
+        # With fewer requests than servers not all replicas' go to the first ones.
+        self._start = number / sharers
         self._load: dict[str, int] = {}
         """{server that serves: requests under way}"""
         self._version = -1
@@ -99,7 +102,8 @@ class Sampler:
         for address in set(self._load) - set(addresses):
             self._drop(address, "it was not reached by the last weight update")
         self._version = version
-        for address in addresses:
+        first = int(self._start * len(addresses))
+        for address in addresses[first:] + addresses[:first]:
             self._load.setdefault(address, 0)
             self._under_way.setdefault(address, set())
         self._hand_out()

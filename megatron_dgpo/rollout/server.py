@@ -16,7 +16,7 @@ from megatron_dgpo import legality, process
 from megatron_dgpo.cluster import LOOPBACK, Node
 from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError
-from megatron_dgpo.layout import Layout, ServerLayout
+from megatron_dgpo.layout import ServerLayout
 from megatron_dgpo.rollout.guard import SECRET
 from megatron_dgpo.weight_sync import BACKEND
 
@@ -25,13 +25,13 @@ _PORTS = range(20000, 32768)
 _TRIES = 100
 
 
-def start(config: Config, secret: str, node: Node, alone: bool = False) -> tuple[list[process.Child], list[str]]:
+def start(config: Config, secret: str, node: Node, ranks: int = 0) -> tuple[list[process.Child], list[str]]:
     """Start `servers.count` servers on this machine; returns them and their addresses, not yet healthy.
 
-    They listen on loopback, unless ranks of other nodes are to reach them. alone: on a node that runs no ranks.
+    They listen on loopback, unless ranks of other nodes are to reach them. ranks: of this machine, beside them.
     """
     children, found = [], []
-    elsewhere = alone or node.count > 1
+    elsewhere = not ranks or node.count > 1
     host = node.address if elsewhere else LOOPBACK
     shared = {**(node.environment() if elsewhere else {}), **os.environ, SECRET: secret}
     for index in range(config.servers.count):
@@ -39,7 +39,7 @@ def start(config: Config, secret: str, node: Node, alone: bool = False) -> tuple
         number = node.index * config.servers.count + index
         name = f"vLLM server {number}"
         log = node.logs / f"vllm_{number}.log"
-        variables = shared | environment(config, index, alone)
+        variables = shared | environment(config, index, ranks)
         children.append(process.start(name, command(config, port, host), variables, log))
         found.append(f"http://{host}:{port}")
     return children, found
@@ -126,11 +126,9 @@ def _cpu_options(config: Config) -> tuple[str, ...]:
     )
 
 
-def environment(config: Config, index: int, alone: bool = False) -> dict[str, str]:
-    """Variables of server `index` of this machine, beside the inherited ones and the secret.
-
-    alone: no ranks run on this machine.
-    """
+def environment(config: Config, index: int, ranks: int) -> dict[str, str]:
+    """Variables of server `index` of this machine, which runs `ranks` ranks, too, beside the inherited ones and the
+    secret."""
     # Dev mode opens the endpoints for pausing and updating weights; the guard covers them.
     variables = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if transport(config) == "ipc":
@@ -138,10 +136,8 @@ def environment(config: Config, index: int, alone: bool = False) -> dict[str, st
         variables["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if torch.cuda.is_available():
         server = ServerLayout.from_config(config.servers)
-        first = server.first_worker(index)
-        if not alone and not config.servers.sleep:
-            # Behind those of the ranks, which servers that sleep share.
-            first += Layout.from_config(config.parallel).world_size
+        # Behind those of the ranks, which servers that sleep share.
+        first = server.first_worker(index) + (0 if config.servers.sleep else ranks)
         # Those that SLURM gave to this job, where it says so.
         given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         devices = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]

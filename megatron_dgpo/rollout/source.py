@@ -322,7 +322,7 @@ class RolloutSource(contextlib.ExitStack):
         """Of the first rank of each replica."""
         number, replicas = replica()
         updates = self._weight_sync
-        sampler = Sampler(self._config, server.secret(), self._stop, replicas, lambda: updates.under_way)
+        sampler = Sampler(self._config, server.secret(), self._stop, replicas, lambda: updates.under_way, number)
         journal = Journal(self._journal_folder, number, self._start) if self._start else None
         return self.enter_context(Producer(self._config, sampler, self._tokenizer, journal))
 

@@ -4,13 +4,15 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from megatron_dgpo.layout import job_ranks
 from megatron_dgpo.planning import memory
 from megatron_dgpo.planning.hardware import GPUS, Cluster, Efficiencies
-from megatron_dgpo.planning.plan import EQUAL, Planner, choose
-from megatron_dgpo.planning.sides import RolloutSide, TrainerSide, Workload
+from megatron_dgpo.planning.plan import EQUAL, Planner, choose, sides_of
+from megatron_dgpo.planning.sides import RolloutSide, TrainerSide, Workload, rollout_sides
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.planning.step_time import rollout_time, update_time
 from megatron_dgpo.weights.architectures import Architecture
+from tests.layouts import make_config
 
 SEVEN = Architecture("qwen2", 28, 3584, 18944, 28, 4, 128, 152064, False, True, False, 1e-6, 1e6, None, 131072, None)
 WORK = Workload(64, 8, 200, 900, 512, 3072)
@@ -49,6 +51,19 @@ def test_sleeping_servers_have_more_cache_than_waking_ones(plans):
         other = planner.evaluate(plan.trainer, awake, plan.server.fraction, plan.server.concurrent)
         peaks = [max(found.peaks(0).values()) for found in (plan, other) if found.stages]
         assert peaks[0] <= H100.gpu.memory_bytes and peaks[-1] >= peaks[0]
+
+
+def test_servers_of_a_shared_machine_are_whole_machines_servers():
+    """Machines of six GPUs: a server of four would have two of another."""
+    found = [rollout for rollout, _ in rollout_sides(SEVEN, 12, 6, shared=True)]
+    assert [(rollout.tensor, rollout.servers) for rollout in found] == [(1, 12), (2, 6), (3, 4), (6, 2)]
+
+
+def test_a_config_whose_servers_sleep_shares_all_gpus():
+    servers = {"sleep": True, "tensor": 2, "count": 4}
+    trainer, rollout = sides_of(make_config("unused", {"tensor": 2}, servers=servers), 32, 8)
+    assert trainer.world_size == rollout.num_workers == 32 and rollout.shared and rollout.sleep
+    assert job_ranks(make_config("unused", {"tensor": 2}, servers=servers), 32, 0) == 32
 
 
 def test_time_follows_its_causes():

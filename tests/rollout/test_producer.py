@@ -60,6 +60,18 @@ def start(tmp_path):
     assert not [thread.name for thread in threading.enumerate() if thread.name in ("rollouts", "graders")]
 
 
+def test_each_replica_begins_with_other_servers():
+    """With fewer requests than servers all would go to the first ones."""
+    config, addresses = make_config("unused"), [f"http://{place}:1" for place in range(6)]
+    first = []
+    for number in range(4):
+        sampler = Sampler(config, SECRET, [2], sharers=4, number=number)
+        sampler.admit(addresses, 0)
+        assert sorted(sampler.serving) == addresses
+        first.append(addresses.index(sampler.serving[0]))
+    assert first == [0, 1, 3, 4]
+
+
 def groups(prompts=PROMPTS, size=4):
     return {p.index: Group(p, seed=1000 * p.index, size=size, temperature=1.0) for p in prompts}
 
