@@ -51,6 +51,19 @@ def test_recipe_fits_its_model_and_gpus(recipe, billions):
     assert plan.trainer_headroom(cluster) > 5 * 2**30
 
 
+def test_in_turn_on_all_gpus_is_as_fast_as_its_readme_says():
+    folder = ROOT / "examples" / "qwen2.5-32b"
+    config = load_config(folder / "config.yaml", [str(folder / "in_turn.yaml")])
+    cluster, sizes = Cluster(GPUS["h100"], 8), Sizes(read_architecture(folder / "model"))
+    trainer, rollout = sides_of(config, 128, 8)
+    assert rollout.shared and rollout.sleep and trainer.world_size == rollout.num_workers == 128
+    servers = config.servers
+    plan = Planner(sizes, workload_of(config, 200, 4000), cluster).evaluate(
+        trainer, rollout, servers.gpu_memory_fraction, servers.max_concurrent
+    )
+    assert plan.problem is None and f": {plan.step_s:.0f} s a step by the plan" in (folder / "README.md").read_text()
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_readme_shows_what_the_tool_prints(recipe, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
