@@ -12,6 +12,13 @@ def test_mean_error_is_within_a_quarter(capsys):
     assert sum(abs(row.error) for row in PUBLISHED) / len(PUBLISHED) < 0.20
 
 
+def test_nemo_rl_s_work_on_32_billion_parameters_is_planned_in_less_time():
+    [row] = [row for row in PUBLISHED if row.name == "NeMo-RL Qwen3-32B, 32 H100"]
+    plan = row.plan()
+    # By more than the planner's error on that row.
+    assert plan.problem is None and plan.gpus == 32 and plan.step_s < row.seconds * (1 - abs(row.error))
+
+
 # What is outside a quarter is known: full recomputation of 530B (ours too long), and Qwen3-30B-A3B's step (too short).
 @pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row.name)
 def test_error(row):
