@@ -16,7 +16,8 @@ from pathlib import Path
 
 from megatron_dgpo import legality, process, sbatch, stop
 from megatron_dgpo.cluster import Node, torchrun_environment
-from megatron_dgpo.config import Config, config_text, load_config
+from megatron_dgpo.config import Config
+from megatron_dgpo.config_file import config_text, load_config
 from megatron_dgpo.data import check_file
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.settings_table import settings_of

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt
 
-from megatron_dgpo.config import Config, plain_settings
+from megatron_dgpo.config import Config
+from megatron_dgpo.config_file import plain_settings
 from megatron_dgpo.errors import UsageError, shown
 from megatron_dgpo.json_file import Content, checked, read_object
 from megatron_dgpo.weights.architectures import Architecture

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from megatron_dgpo import legality
 from megatron_dgpo.cluster import DEVICE
-from megatron_dgpo.config import Config, is_file_of_settings
+from megatron_dgpo.config import Config
+from megatron_dgpo.config_file import is_file_of_settings
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.layout import ServerLayout, job_ranks
 

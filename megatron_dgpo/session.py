@@ -16,7 +16,8 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from megatron_dgpo import checkpoint, machine
 from megatron_dgpo.balance import sequence_cost, share_out
-from megatron_dgpo.config import Config, config_text
+from megatron_dgpo.config import Config
+from megatron_dgpo.config_file import config_text
 from megatron_dgpo.json_file import replace_text
 from megatron_dgpo.manifest import (
     Origins,

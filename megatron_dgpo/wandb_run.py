@@ -7,7 +7,8 @@ import importlib.util
 import uuid
 from typing import Any
 
-from megatron_dgpo.config import Config, plain_settings
+from megatron_dgpo.config import Config
+from megatron_dgpo.config_file import plain_settings
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.json_file import replace_text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_dgpo.config import load_config
+from megatron_dgpo.config_file import load_config
 from megatron_dgpo.layout import Layout
 from megatron_dgpo.rollout import server
 from tests.ranks import run_ranks

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_dgpo import preflight
 from megatron_dgpo.cli import main
-from megatron_dgpo.config import load_config, setting_names
+from megatron_dgpo.config_file import load_config, setting_names
 from megatron_dgpo.errors import UsageError
 from tests.layouts import make_config
 from tools.tiny_models import make_tiny_model

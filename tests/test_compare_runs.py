@@ -10,7 +10,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from megatron_dgpo.config import setting_names
+from megatron_dgpo.config_file import setting_names
 from tools.compare_runs import main
 from tools.comparison import charts
 from tools.comparison.intervals import mean_of, verdict, welch

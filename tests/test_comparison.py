@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from examples.comparison import results, run
 from examples.comparison.plan import ARMS, BASE, SEEDS, STEPS, STUDY, is_registered, plan
 from megatron_dgpo.algorithm.resolve import without_effect
-from megatron_dgpo.config import config_text, load_config, plain_settings
+from megatron_dgpo.config_file import config_text, load_config, plain_settings
 from megatron_dgpo.manifest import checkpoint_of
 from megatron_dgpo.stop import STOPPED
 from tests.test_credit_tools import byte_tokenizer, model, record  # noqa: F401 (a fixture)

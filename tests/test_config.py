@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
-from megatron_dgpo.config import Config, config_text, load_config
+from megatron_dgpo.config import Config
+from megatron_dgpo.config_file import config_text, load_config
 from megatron_dgpo.errors import UsageError, shown
 
 BASE = "model: {path: model}\ndata: {train: train.jsonl}\n"

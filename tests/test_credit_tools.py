@@ -20,7 +20,7 @@ from examples.arithmetic.prepare import solve
 from megatron_dgpo.algorithm.advantages import group_advantages
 from megatron_dgpo.algorithm.objective import token_credit
 from megatron_dgpo.algorithm.record import CreditRecord, file_of_credit
-from megatron_dgpo.config import config_text
+from megatron_dgpo.config_file import config_text
 from megatron_dgpo.micro_batch import MicroBatch, TrainingSequence
 from megatron_dgpo.rollout.recording import file_of_step, write_responses
 from megatron_dgpo.rollout.response import Prompt, Response

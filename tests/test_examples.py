@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megatron_dgpo.algorithm.resolve import without_effect
-from megatron_dgpo.config import load_config
+from megatron_dgpo.config_file import load_config
 from megatron_dgpo.metrics import read_metrics
 from tests.test_docs import undocumented
 

@@ -22,7 +22,7 @@ import torch
 
 from megatron_dgpo import cli, launcher, process, stop
 from megatron_dgpo.cluster import INTERFACE, JOB, ROLLOUT_NODES, Node
-from megatron_dgpo.config import load_config
+from megatron_dgpo.config_file import load_config
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.layout import Layout
 from megatron_dgpo.rollout import server

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from megatron_dgpo.config import load_config
+from megatron_dgpo.config_file import load_config
 from tests.layouts import make_config
 from tests.ranks import run_ranks
 from tests.test_docs import undocumented

@@ -1,6 +1,7 @@
 """docs/settings.md is what config.py says."""
 
-from megatron_dgpo.config import Config, setting_names
+from megatron_dgpo.config import Config
+from megatron_dgpo.config_file import setting_names
 from megatron_dgpo.settings_table import settings_of
 from tools import settings_page
 

@@ -17,7 +17,7 @@ import yaml
 
 from megatron_dgpo import process
 from megatron_dgpo.cluster import Node
-from megatron_dgpo.config import load_config
+from megatron_dgpo.config_file import load_config
 from megatron_dgpo.metrics import read_metrics
 from megatron_dgpo.rollout import guard, server
 from megatron_dgpo.weights.convert import Job, convert

@@ -29,7 +29,7 @@ from rich.table import Table
 
 from megatron_dgpo import process
 from megatron_dgpo.cluster import Node
-from megatron_dgpo.config import load_config
+from megatron_dgpo.config_file import load_config
 from megatron_dgpo.metrics import read_metrics
 from megatron_dgpo.rollout import guard, server
 from tools.tiny_models import make_tiny_model

@@ -25,7 +25,7 @@ if str(ROOT) not in sys.path:
     # This file is run as a script; what it uses are modules of the folder above.
     sys.path.insert(0, str(ROOT))
 
-from megatron_dgpo.config import load_config  # noqa: E402
+from megatron_dgpo.config_file import load_config  # noqa: E402
 from megatron_dgpo.errors import UsageError  # noqa: E402
 from megatron_dgpo.planning import report  # noqa: E402
 from megatron_dgpo.planning.hardware import Cluster, read_gpu  # noqa: E402

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from megatron_dgpo.config import Config, load_config
+from megatron_dgpo.config import Config
+from megatron_dgpo.config_file import load_config
 from megatron_dgpo.errors import UsageError, shown
 from megatron_dgpo.manifest import newest, step_of
 

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from examples.arithmetic.carries import carries
 from examples.comparison.plan import ARMS, EXAMPLES, SEEDS, PlannedRun
-from megatron_dgpo.config import load_config, plain_settings
+from megatron_dgpo.config_file import load_config, plain_settings
 from megatron_dgpo.data import load_tokenizer
 from megatron_dgpo.errors import UsageError, shown
 from megatron_dgpo.json_file import replace_text

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_dgpo import preflight
-from megatron_dgpo.config import Config, load_config, setting_names
+from megatron_dgpo.config import Config
+from megatron_dgpo.config_file import load_config, setting_names
 from megatron_dgpo.errors import UsageError
 from tests.fuzz import fuzz
 from tools.tiny_models import make_tiny_model

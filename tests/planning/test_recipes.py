@@ -9,7 +9,7 @@ import pytest
 
 from megatron_dgpo import cli
 from megatron_dgpo.algorithm.resolve import without_effect
-from megatron_dgpo.config import load_config
+from megatron_dgpo.config_file import load_config
 from megatron_dgpo.planning.hardware import GPUS, Cluster
 from megatron_dgpo.planning.plan import Planner, sides_of, workload_of
 from megatron_dgpo.planning.sides import refusal, rollout_refusal

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_dgpo.config import load_config
+from megatron_dgpo.config_file import load_config
 from megatron_dgpo.planning.hardware import GPUS, Cluster
 from megatron_dgpo.planning.plan import Planner
 from megatron_dgpo.planning.sides import TrainerSide, Workload

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_dgpo.config import load_config
+from megatron_dgpo.config_file import load_config
 from megatron_dgpo.layout import Layout, ServerLayout
 from megatron_dgpo.planning.plan import sides_of
 from megatron_dgpo.rollout import client

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dgpo.config import load_config
+from megatron_dgpo.config_file import load_config
 from megatron_dgpo.layout import Layout, ServerLayout
 from megatron_dgpo.weights.architectures import expert_of, read_architecture
 from megatron_dgpo.weights.resharding import (

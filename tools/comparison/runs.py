@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dgpo.config import load_config
+from megatron_dgpo.config_file import load_config
 from megatron_dgpo.errors import UsageError, shown
 from megatron_dgpo.metrics import read_metrics
 from tools.comparison.intervals import Estimate, mean_of

@@ -19,7 +19,8 @@ from megatron_dgpo.algorithm.credit import (
     temperatures_of_share,
 )
 from megatron_dgpo.algorithm.record import read_credit
-from megatron_dgpo.config import Algorithm, Config, load_config
+from megatron_dgpo.config import Algorithm, Config
+from megatron_dgpo.config_file import load_config
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.rollout.recording import of_row
 from megatron_dgpo.rollout.response import Prompt, Response
