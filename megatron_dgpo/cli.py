@@ -20,6 +20,7 @@ from megatron_dgpo.config import Config
 from megatron_dgpo.config_file import config_text, load_config
 from megatron_dgpo.data import check_file
 from megatron_dgpo.errors import UsageError
+from megatron_dgpo.layout import own_servers
 from megatron_dgpo.settings_table import settings_of
 from megatron_dgpo.weights.architectures import read_architecture
 
@@ -171,14 +172,13 @@ def _start(options: argparse.Namespace, config: Config, arguments: list[str], no
     """This node's share of a command that needs ranks."""
     from megatron_dgpo import launcher
 
-    needs_servers = options.command != "sft" and config.rollout.replay is None
-    if needs_servers:
+    if options.command != "sft" and config.rollout.replay is None:
         config = launcher.find_servers(config, node)
     world_size = launcher.trainer_size(config, node)
     if node.index == 0:
         _check(options, config, world_size, world_size // node.count)
         _say_device(options, config, world_size // node.count, node.count, node.logs)
-    return launcher.launch(arguments, config, node, world_size, needs_servers)
+    return launcher.launch(arguments, config, node, world_size)
 
 
 def _check_names(command: str, config: Config) -> None:
@@ -215,9 +215,8 @@ def _say_device(
     options: argparse.Namespace, config: Config, local_size: int, nodes: int, logs: Path | None = None
 ) -> None:
     from megatron_dgpo import machine
-    from megatron_dgpo.rollout import server
 
-    servers = server.own_count(options.command, config)
+    servers = own_servers(options.command, config)
     each = f"each of {nodes} nodes: " if nodes > 1 else ""
     line = machine.describe(local_size, servers, config.model.layer_spec)
     where = f"; logs in {logs}" if logs else ""

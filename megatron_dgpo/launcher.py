@@ -26,7 +26,7 @@ from megatron_dgpo import legality, process, stop
 from megatron_dgpo.cluster import Node, note_failed_node
 from megatron_dgpo.config import Config
 from megatron_dgpo.errors import UsageError
-from megatron_dgpo.layout import job_ranks
+from megatron_dgpo.layout import job_ranks, own_servers
 from megatron_dgpo.manifest import newest
 from megatron_dgpo.rollout import server
 from megatron_dgpo.rollout.guard import SECRET
@@ -36,9 +36,9 @@ _AT_ONCE = (signal.SIGINT, signal.SIGHUP)
 _HOUR_S = 3600
 _FULL_BYTES = 2**20
 _LOOK_S = 1
-# gloo's words, those of PyTorch's watchdog over NCCL, and ours.
 # What a program that is in order is told of a GPU or a network that is not; of others a node can do nothing.
 _OF_THE_NODE = re.compile(r"CUDA error|NCCL error|\bECC\b|\bXid\b")
+# gloo's words, those of PyTorch's watchdog over NCCL, and ours.
 _TIMED_OUT = re.compile(r"tim(ed|e)[ _]?out", re.IGNORECASE)
 
 
@@ -54,7 +54,7 @@ def _interrupt(number: int, _frame) -> None:
     raise _Interrupted(number)
 
 
-def launch(arguments: list[str], config: Config, node: Node, world_size: int, needs_servers: bool) -> int:
+def launch(arguments: list[str], config: Config, node: Node, world_size: int) -> int:
     """Run `megatron-dgpo ARGUMENTS` as this node's share of `world_size` ranks and return the exit status.
 
     `run.dir` is this run's until its last rank has ended. Ends within seconds of the first failure, printing the failed
@@ -81,7 +81,7 @@ def launch(arguments: list[str], config: Config, node: Node, world_size: int, ne
             for stale in node.logs.glob("*.error"):
                 stale.unlink(missing_ok=True)
         addresses = list(config.servers.addresses)
-        if needs_servers and not addresses:
+        if own_servers(arguments[0], config):
             servers, addresses = server.start(config, secret, node, world_size // node.count)
             if node.count > 1:
                 node.publish(f"servers_{node.index}", addresses)

@@ -139,6 +139,12 @@ class ServerLayout:
         return server * self.tensor
 
 
+def own_servers(command: str, config: Config) -> int:
+    """Servers that `megatron-dgpo COMMAND` starts beside the ranks of a machine."""
+    given = command == "sft" or config.rollout.replay or config.servers.addresses
+    return 0 if given else config.servers.count
+
+
 def job_ranks(config: Config, gpus: int, rollout_nodes: int) -> int:
     """Trainer ranks of a job whose trainer nodes have `gpus` GPUs together; 0: they compute on CPUs.
 

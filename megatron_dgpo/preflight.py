@@ -14,7 +14,7 @@ from megatron_dgpo import legality
 from megatron_dgpo.config import Checkpoint, Config, Parallel
 from megatron_dgpo.data import load_prompts, load_solutions, load_tokenizer, place_of
 from megatron_dgpo.errors import UsageError, shown
-from megatron_dgpo.layout import Layout, ServerLayout
+from megatron_dgpo.layout import Layout, ServerLayout, own_servers
 from megatron_dgpo.manifest import check_architecture, check_origins, check_steps, newest, origins, read_manifest
 from megatron_dgpo.model.compat import check_packages
 from megatron_dgpo.rewards.pool import GraderPool
@@ -38,7 +38,7 @@ def check(
     architecture = _check_model(config)
     legality.check(legality.of_world(config.parallel, world_size))
     check_layout(command, config, architecture, Layout.from_config(config.parallel, world_size))
-    _check_devices(config, local_size, server.own_count(command, config))
+    _check_devices(config, local_size, own_servers(command, config))
     _check_overlaps(config.parallel)
     check_packages(config.model)
     check_installed(config)
@@ -163,7 +163,7 @@ def _check_rollouts(config: Config, nodes: int) -> None:
     if needed is not None and needed != torch.cuda.is_available():
         where = "GPUs, and there are none here" if needed else "the CPU, and here are GPUs"
         raise UsageError(f"weight_sync.transport={transport} is for {where}; use auto")
-    if nodes > 1 and not (servers.addresses or rollout.replay) and server.transport(config) == "memory":
+    if nodes > 1 and own_servers("train", config) and server.transport(config) == "memory":
         raise UsageError(
             f"weight_sync.transport={transport} shares memory on a CPU, with servers of one machine, and those of this "
             f"job are on {nodes}; use shards"

@@ -19,7 +19,7 @@ from megatron_dgpo.cluster import DEVICE
 from megatron_dgpo.config import Config
 from megatron_dgpo.config_file import is_file_of_settings
 from megatron_dgpo.errors import UsageError
-from megatron_dgpo.layout import ServerLayout, job_ranks
+from megatron_dgpo.layout import ServerLayout, job_ranks, own_servers
 
 _ROOT = Path(__file__).parents[1]
 _SOURCE = "source slurm/job.sh\n"
@@ -100,9 +100,9 @@ def _check(config: Config, size: Size) -> None:
     legality.check(legality.of_nodes(ranks, size.nodes, f"--nodes={size.nodes}"))
     if gpus:
         legality.check(legality.of_trainer_nodes(config.parallel, gpus))
-    servers, per_node = ServerLayout.from_config(config.servers), size.rollout_gpus or size.gpus
+    per_node = size.rollout_gpus or size.gpus
     if size.rollout_nodes and per_node:
-        legality.check(legality.of_rollout_node(servers, per_node))
-    elif size.gpus and not (config.servers.addresses or config.rollout.replay):
-        workers = servers.num_workers
+        legality.check(legality.of_rollout_node(ServerLayout.from_config(config.servers), per_node))
+    elif size.gpus:
+        workers = ServerLayout.from_config(config.servers, own_servers("train", config)).num_workers
         legality.check(legality.of_gpus(ranks // size.nodes, workers, size.gpus, config.servers.sleep))

@@ -73,7 +73,7 @@ class Started:
             node = self._node(config, index, nodes, index, rollout_nodes)
             found = launcher.find_servers(config, node)
             size = launcher.trainer_size(found, node)
-            assert launcher.launch(["train", "config.yaml"], found, node, size, True) == 0
+            assert launcher.launch(["train", "config.yaml"], found, node, size) == 0
 
     def shared_job(self, config, nodes: int) -> None:
         """As slurm/shared.sbatch does: one step, whose nodes all run servers, too."""
@@ -84,7 +84,7 @@ class Started:
                 # They start at the same time as this one.
                 node.publish(f"servers_{other}", others[other])
             found = launcher.find_servers(config, node)
-            assert launcher.launch(["train", "config.yaml"], found, node, launcher.trainer_size(found, node), True) == 0
+            assert launcher.launch(["train", "config.yaml"], found, node, launcher.trainer_size(found, node)) == 0
 
     def _node(self, config, index: int, count: int, place: int, rollout_nodes: int) -> Node:
         self.node = f"10.0.0.{place + 1}"
@@ -95,7 +95,7 @@ class Started:
     def machine(self, config) -> None:
         """One machine without SLURM."""
         node = Node.here(config.run.dir, {})
-        assert launcher.launch(["train", "config.yaml"], config, node, launcher.trainer_size(config, node), True) == 0
+        assert launcher.launch(["train", "config.yaml"], config, node, launcher.trainer_size(config, node)) == 0
 
     @property
     def ranks(self) -> list[SimpleNamespace]:
@@ -137,7 +137,7 @@ def test_a_job_that_is_stopped_before_its_first_step_is_requeued_once(started, t
         node = Node.here(tmp_path, variables)
         # Real ranks have their logs there.
         node.logs.mkdir(parents=True)
-        return launcher.launch(["sft", "config.yaml"], config, node, 1, False)
+        return launcher.launch(["sft", "config.yaml"], config, node, 1)
 
     assert status_of_start(0) == stop.STOPPED
     with pytest.raises(UsageError, match="asked to stop before it had made a step, and so was its start before this"):
@@ -169,7 +169,7 @@ def test_a_job_that_failed_after_a_checkpoint_begins_again_so_many_times(started
         variables = {JOB: f"7.{number}", INTERFACE: "ib0", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
         node = Node.here(tmp_path, variables)
         node.logs.mkdir(parents=True)
-        return launcher.launch(["sft", "config.yaml"], config, node, 1, False)
+        return launcher.launch(["sft", "config.yaml"], config, node, 1)
 
     assert status_of_start(0, made_step=False) == 1
     (tmp_path / "logs" / "7.0" / "ended_badly").unlink()
@@ -196,7 +196,7 @@ def test_a_node_ends_when_another_has_failed(started, tmp_path, monkeypatch, cap
             time.sleep(0.1)
 
     monkeypatch.setattr(process, "supervise", supervise)
-    status = launcher.launch(["sft", "config.yaml"], config, node, 1, False)
+    status = launcher.launch(["sft", "config.yaml"], config, node, 1)
     assert status == (stop.FAILED_ON_ITS_WAY if restarts else 128 + signal.SIGINT)
     assert "another node of the job has failed" in capsys.readouterr().err
 
@@ -213,7 +213,7 @@ def test_an_interruption_while_the_folder_is_waited_for(started, tmp_path, monke
         raise launcher._Interrupted(signal.SIGINT)
 
     monkeypatch.setattr(launcher, "run_lock", interrupted)
-    assert launcher.launch(["sft", "config.yaml"], config, node, 1, False) == 128 + signal.SIGINT
+    assert launcher.launch(["sft", "config.yaml"], config, node, 1) == 128 + signal.SIGINT
     assert "another node of the job has failed" in capsys.readouterr().err
 
 
@@ -358,7 +358,7 @@ def small(monkeypatch, tmp_path):
     def launch(script, **servers):
         monkeypatch.setattr(server, "command", lambda _, port, host: [sys.executable, "-c", script, host, str(port)])
         config = make_config("unused", run={"dir": tmp_path}, servers=servers)
-        return launcher.launch(["train", "config.yaml"], config, Node(tmp_path), 1, True)
+        return launcher.launch(["train", "config.yaml"], config, Node(tmp_path), 1)
 
     return launch
 

@@ -66,8 +66,7 @@ class Sampler:
         self._most = -(-self._servers.max_concurrent // sharers)
         self._most_in_all = max(1, connections() // 2)
         self._updating = updating
-        # With fewer requests than servers not all replicas' go to the first ones.
-        self._start = number / sharers
+        self._replica, self._replicas = number, sharers
         self._load: dict[str, int] = {}
         """{server that serves: requests under way}"""
         self._version = -1
@@ -102,7 +101,8 @@ class Sampler:
         for address in set(self._load) - set(addresses):
             self._drop(address, "it was not reached by the last weight update")
         self._version = version
-        first = int(self._start * len(addresses))
+        # With fewer requests than servers not all replicas' go to the first ones.
+        first = self._replica * len(addresses) // self._replicas
         for address in addresses[first:] + addresses[:first]:
             self._load.setdefault(address, 0)
             self._under_way.setdefault(address, set())

@@ -45,12 +45,6 @@ def start(config: Config, secret: str, node: Node, ranks: int = 0) -> tuple[list
     return children, found
 
 
-def own_count(command: str, config: Config) -> int:
-    """Servers that `megatron-dgpo COMMAND` starts beside its ranks."""
-    given = command == "sft" or config.rollout.replay or config.servers.addresses
-    return 0 if given else config.servers.count
-
-
 def free_port(host: str = "127.0.0.1") -> int:
     """One that is likely to stay free for the many seconds until a server binds it.
 

@@ -11,13 +11,14 @@ from megatron_dgpo import cli
 from megatron_dgpo.algorithm.resolve import without_effect
 from megatron_dgpo.config_file import load_config
 from megatron_dgpo.planning.hardware import GPUS, Cluster
-from megatron_dgpo.planning.plan import Planner, sides_of, workload_of
+from megatron_dgpo.planning.plan import Plan, Planner, sides_of, workload_of
 from megatron_dgpo.planning.sides import refusal, rollout_refusal
 from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.weights.architectures import read_architecture
 from tools import plan_parallelism
 
 ROOT = Path(__file__).parents[2]
+CLUSTER = Cluster(GPUS["h100"], 8)
 RECIPES = ("qwen2.5-7b", "qwen2.5-32b", "qwen2.5-72b", "qwen3-30b-a3b", "qwen3-235b-a22b")
 # Parameters as their model cards give them, in billions.
 PARAMETERS = (7.6, 32.8, 72.7, 30.5, 235.1)
@@ -30,6 +31,17 @@ def command(recipe: str) -> list[str]:
     return shlex.split(line)
 
 
+def evaluated(config, architecture, gpus: int, *lengths: int) -> Plan:
+    """The plan of a config on so many H100s. lengths: means of prompts and responses."""
+    work, (trainer, rollout) = workload_of(config, *lengths), sides_of(config, gpus, 8)
+    assert refusal(architecture, trainer, work, 8) is None
+    assert rollout_refusal(architecture, rollout, 8) is None
+    servers = config.servers
+    return Planner(Sizes(architecture), work, CLUSTER).evaluate(
+        trainer, rollout, servers.gpu_memory_fraction, servers.max_concurrent
+    )
+
+
 @pytest.mark.parametrize("recipe, billions", list(zip(RECIPES, PARAMETERS, strict=True)), ids=RECIPES)
 def test_recipe_fits_its_model_and_gpus(recipe, billions):
     folder = ROOT / "examples" / recipe
@@ -38,29 +50,18 @@ def test_recipe_fits_its_model_and_gpus(recipe, billions):
     sizes = Sizes(architecture)
     assert sizes.parameters / 1e9 == pytest.approx(billions, abs=0.06)
     options = plan_parallelism._parse(command(recipe))
-    work = workload_of(config, options.prompt_tokens, options.response_tokens)
-    trainer, rollout = sides_of(config, options.gpus, 8)
-    assert refusal(architecture, trainer, work, 8) is None
-    assert rollout_refusal(architecture, rollout, 8) is None
     assert config.rollout.context_tokens <= architecture.max_positions
-    cluster = Cluster(GPUS["h100"], 8)
-    plan = Planner(sizes, work, cluster).evaluate(
-        trainer, rollout, config.servers.gpu_memory_fraction, config.servers.max_concurrent
-    )
+    plan = evaluated(config, architecture, options.gpus, options.prompt_tokens, options.response_tokens)
     assert plan.problem is None
-    assert plan.trainer_headroom(cluster) > 5 * 2**30
+    assert plan.trainer_headroom(CLUSTER) > 5 * 2**30
 
 
 def test_in_turn_on_all_gpus_is_as_fast_as_its_readme_says():
     folder = ROOT / "examples" / "qwen2.5-32b"
     config = load_config(folder / "config.yaml", [str(folder / "in_turn.yaml")])
-    cluster, sizes = Cluster(GPUS["h100"], 8), Sizes(read_architecture(folder / "model"))
-    trainer, rollout = sides_of(config, 128, 8)
-    assert rollout.shared and rollout.sleep and trainer.world_size == rollout.num_workers == 128
-    servers = config.servers
-    plan = Planner(sizes, workload_of(config, 200, 4000), cluster).evaluate(
-        trainer, rollout, servers.gpu_memory_fraction, servers.max_concurrent
-    )
+    plan = evaluated(config, read_architecture(folder / "model"), 128, 200, 4000)
+    assert plan.rollout.shared and plan.rollout.sleep
+    assert plan.trainer.world_size == plan.rollout.num_workers == 128
     assert plan.problem is None and f": {plan.step_s:.0f} s a step by the plan" in (folder / "README.md").read_text()
 
 
@@ -96,19 +97,13 @@ def test_every_row_of_a_papers_table_can_be_run(folder, model, changes, gpus, tm
     monkeypatch.chdir(ROOT)
     content = json.loads((ROOT / "examples" / model / "model" / "config.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps(content))
-    architecture, cluster = read_architecture(tmp_path), Cluster(GPUS["h100"], 8)
+    architecture = read_architecture(tmp_path)
     assert len(rows(folder)) >= 5
     for row in rows(folder):
         config = load_config(f"examples/{folder}/config.yaml", shlex.split(row))
         assert without_effect(config) == [] and len({path.stem for path in config.data.eval}) in (2, 6)
-        work, (trainer, rollout) = workload_of(config, 200, 4000), sides_of(config, gpus, 8)
-        assert refusal(architecture, trainer, work, 8) is None
-        assert rollout_refusal(architecture, rollout, 8) is None
-        servers = config.servers
-        plan = Planner(Sizes(architecture), work, cluster).evaluate(
-            trainer, rollout, servers.gpu_memory_fraction, servers.max_concurrent
-        )
-        assert plan.problem is None and plan.trainer_headroom(cluster) > 5 * 2**30
+        plan = evaluated(config, architecture, gpus, 200, 4000)
+        assert plan.problem is None and plan.trainer_headroom(CLUSTER) > 5 * 2**30
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
