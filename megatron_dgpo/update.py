@@ -9,8 +9,8 @@ import torch
 
 from megatron_dgpo.algorithm.objective import Objective
 from megatron_dgpo.algorithm.outcome import Outcome, step_advantages
+from megatron_dgpo.algorithm.passes import Passes
 from megatron_dgpo.algorithm.record import file_of_credit
-from megatron_dgpo.algorithm.resolve import resolved_algorithm
 from megatron_dgpo.config import Config
 from megatron_dgpo.micro_batch import MicroBatch, TrainingSequence
 from megatron_dgpo.model.collectives import all_gathered, broadcast_from_last_stage, from_leader, from_leaders
@@ -34,25 +34,17 @@ def update(
     The reference's states, gigabytes of them, are those of one minibatch at a time.
     """
     config, log = session.config, session.log
-    algorithm = resolved_algorithm(config)
+    passes, kl_in_reward = Passes.from_config(config), config.algorithm.kl == "reward"
     share = shared_out(session, groups, step)
     minibatches = [pack_micro_batches(micro_batches, config.parallel) for micro_batches in share]
-    several, kl_in_reward = len(minibatches) > 1, algorithm.kl == "reward"
-    # By the policy as it is before the first update, which then needs the reference.
-    scored_before = algorithm.scored_by == "old" and (several or kl_in_reward)
-    # With one optimizer step the policy that sampled is the one that is updated: nothing to compute twice.
-    frozen = scored_before or kl_in_reward or (several and algorithm.old_logprobs == "recomputed")
-    asked_before = scored_before or kl_in_reward
-    # Of what is known before, all but a deviation from the current policy serves the updates, too.
-    asked_again = not asked_before or (algorithm.credit == "distribution_guided" and not scored_before)
 
     def with_reference(micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         with log.phase("reference"):
             return reference.attach(micro_batches) if reference else micro_batches
 
-    if frozen:
+    if passes.policy_before:
         for number, micro_batches in enumerate(minibatches):
-            micro_batches = with_reference(micro_batches) if asked_before else micro_batches
+            micro_batches = with_reference(micro_batches) if passes.reference_before else micro_batches
             with log.phase("policy"):
                 minibatches[number] = objective.freeze(session.policy.forward, micro_batches)
     metrics = {}
@@ -63,7 +55,7 @@ def update(
         minibatches = [list(map(with_advantages, *pair)) for pair in zip(minibatches, share, strict=True)]
     results = []
     for number, micro_batches in enumerate(minibatches, 1):
-        micro_batches = with_reference(micro_batches) if asked_again else micro_batches
+        micro_batches = with_reference(micro_batches) if passes.reference else micro_batches
         with log.phase("policy"):
             results.append(session.step(micro_batches, objective, more=number < len(minibatches)))
     with log.phase("policy"):
@@ -73,11 +65,11 @@ def update(
     if objective.record:
         file = file_of_credit(config.run.dir / "rollouts", step, replica()[0])
         objective.record.write(file, sequences)
-    passes = FORWARDS_OF_UPDATE + frozen
+    forwards = FORWARDS_OF_UPDATE + passes.policy_before
     if reference:
-        passes += (asked_before + asked_again) * reference.models
+        forwards += (passes.reference_before + passes.reference) * reference.models
     metrics |= step_metrics([response for group in groups.values() for response in group], step, results)
-    return metrics | computing(session.forward_flops(sequences), passes, sum(result.busy_s for result in results))
+    return metrics | computing(session.forward_flops(sequences), forwards, sum(result.busy_s for result in results))
 
 
 def shared_out(

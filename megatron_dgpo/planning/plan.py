@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_dgpo import legality
+from megatron_dgpo.algorithm.passes import Passes
 from megatron_dgpo.config import Config
 from megatron_dgpo.layout import Layout, ServerLayout
 from megatron_dgpo.planning import in_flight, memory, sides, step_time
@@ -380,7 +381,7 @@ def sides_of(config: Config, gpus: int, gpus_per_node: int) -> tuple[TrainerSide
 
 def workload_of(config: Config, prompt_tokens: int, response_tokens: int) -> Workload:
     """The work that a config describes; mean lengths are the data's."""
-    rollout = config.rollout
+    rollout, passes = config.rollout, Passes.from_config(config)
     return Workload(
         rollout.prompts_per_step,
         rollout.group_size,
@@ -391,7 +392,9 @@ def workload_of(config: Config, prompt_tokens: int, response_tokens: int) -> Wor
         config.batch.minibatches,
         config.needs_reference,
         config.needs_start,
-        dtype=config.model.dtype,
+        passes.policy_before,
+        passes.reference_before + passes.reference,
+        config.model.dtype,
     )
 
 

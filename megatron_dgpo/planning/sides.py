@@ -44,6 +44,10 @@ class Workload:
     reference: bool = True
     start: bool = False
     """A second frozen model, from which the reference is extrapolated."""
+    policy_before: bool | None = None
+    """Of the policy there is a pass before the first update; None: with several minibatches."""
+    reference_passes: int = 1
+    """Of each frozen model over all sequences."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     @property

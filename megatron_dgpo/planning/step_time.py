@@ -156,16 +156,17 @@ def reference_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: 
         weights = memory.static_memory(sizes, 0, trainer.layout, False, work.element_bytes).weights
         loading = work.minibatches * weights / cluster.efficiencies.pcie_bandwidth
     one = forward_time(sizes, work, trainer, cluster) + Seconds(memory=loading)
-    if not work.start:
-        return one
-    # Of the other frozen model log-probs are kept.
-    head = head_time(sizes, work, trainer, cluster, False)
-    return one + forward_time(sizes, work, trainer, cluster, head) + Seconds(memory=loading)
+    if work.start:
+        # Of the other frozen model log-probs are kept.
+        head = head_time(sizes, work, trainer, cluster, False)
+        one += forward_time(sizes, work, trainer, cluster, head) + Seconds(memory=loading)
+    return one * work.reference_passes
 
 
 def old_logprobs_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster) -> Seconds:
-    """The policy before its first update; with one minibatch the update's own forward pass serves."""
-    if work.minibatches == 1:
+    """The policy before its first update; by default with several minibatches: with one, the update's own forward pass
+    serves."""
+    if not (work.minibatches > 1 if work.policy_before is None else work.policy_before):
         return Seconds()
     head = head_time(sizes, work, trainer, cluster, False)
     return forward_time(sizes, work, trainer, cluster, head)

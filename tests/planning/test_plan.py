@@ -7,10 +7,18 @@ import pytest
 from megatron_dgpo.layout import job_ranks
 from megatron_dgpo.planning import memory
 from megatron_dgpo.planning.hardware import GPUS, Cluster, Efficiencies
-from megatron_dgpo.planning.plan import EQUAL, Planner, choose, sides_of
+from megatron_dgpo.planning.plan import EQUAL, Planner, choose, sides_of, workload_of
 from megatron_dgpo.planning.sides import RolloutSide, TrainerSide, Workload, rollout_sides
 from megatron_dgpo.planning.sizes import Sizes
-from megatron_dgpo.planning.step_time import rollout_time, update_time
+from megatron_dgpo.planning.step_time import (
+    Seconds,
+    forward_time,
+    head_time,
+    old_logprobs_time,
+    reference_time,
+    rollout_time,
+    update_time,
+)
 from megatron_dgpo.weights.architectures import Architecture
 from tests.layouts import make_config
 
@@ -79,6 +87,33 @@ def test_time_follows_its_causes():
     # Tensor parallelism across machines goes over the network.
     far = update_time(sizes, WORK, side, Cluster(GPUS["h100"], 1))
     assert far.network > 5 * base.network
+
+
+@pytest.mark.parametrize(
+    "algorithm, minibatches, old, reference",
+    [
+        ({}, 1, 0, 1),
+        ({}, 4, 1, 1),
+        ({"old_logprobs": "sampled"}, 4, 0, 1),
+        ({"scored_by": "old"}, 1, 0, 1),
+        ({"scored_by": "old"}, 4, 1, 1),
+        ({"credit": "uniform"}, 4, 1, 0),
+        ({"credit": "uniform", "kl": "reward"}, 1, 1, 1),
+        ({"kl": "reward"}, 1, 1, 2),
+        ({"kl": "reward", "old_logprobs": "sampled"}, 4, 1, 2),
+    ],
+)
+def test_passes_are_planned_as_they_are_made(algorithm, minibatches, old, reference):
+    """Those that `update` makes: times what one takes where only that one is made."""
+    config = make_config("unused", algorithm=algorithm, batch={"minibatches": minibatches})
+    work, plain = (
+        workload_of(config, 32, 64),
+        workload_of(make_config("unused", batch={"minibatches": minibatches}), 32, 64),
+    )
+    setting = TrainerSide(2, 2, 2), H100
+    one = forward_time(Sizes(SEVEN), plain, *setting, head_time(Sizes(SEVEN), plain, *setting, False))
+    assert old_logprobs_time(Sizes(SEVEN), work, *setting) == (one if old else Seconds())
+    assert reference_time(Sizes(SEVEN), work, *setting) == reference_time(Sizes(SEVEN), plain, *setting) * reference
 
 
 def test_plans_with_different_efficiencies_in_one_process():

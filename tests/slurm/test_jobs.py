@@ -228,13 +228,15 @@ def test_a_job_that_failed_begins_again_elsewhere_and_only_so_often(slurm, arith
 
 def test_two_nodes_share_with_their_servers_and_one_evaluates(slurm, arithmetic, tmp_path):
     job = Job(slurm, arithmetic, tmp_path, "run.steps=2", "parallel.tensor=2")
-    job.submit("--wait", "--nodes=2", file="slurm/shared.sbatch")
-    assert job.state() == "COMPLETED" and len(job.rows) == 3, job.text()
+    job.submit("--nodes=2", file="slurm/shared.sbatch")
+    job.wait(lambda: job.state() == "COMPLETED", "end of training")
+    assert len(job.rows) == 3, job.text()
     assert [row["weights/servers"] for row in job.rows[1:]] == [2, 2]
     assert {log.name for log in job.run_dir.glob("logs/*/vllm_*.log")} == {"vllm_0.log", "vllm_1.log"}
     assert re.search(r"^\w+ 2/2: reward", job.text(), re.MULTILINE)
-    job.submit("--wait", file="slurm/eval.sbatch")
-    assert job.state() == "COMPLETED" and "eval: problems=4 avg@1=" in job.text(), job.text()
+    job.submit(file="slurm/eval.sbatch")
+    job.wait(lambda: job.state() == "COMPLETED", "end of the evaluation")
+    assert "eval: problems=4 avg@1=" in job.text(), job.text()
 
 
 def test_a_job_that_has_gpus_and_sees_none_says_so(slurm, arithmetic, tmp_path):
