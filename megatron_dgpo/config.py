@@ -337,7 +337,8 @@ class Servers(Section):
     gpu_memory_fraction: float = Field(0.85, gt=0, le=1)
     """Part of a GPU that a server may take."""
     sleep: bool = False
-    """They free their GPUs' memory while the policy trains, for servers on the ranks' own GPUs (transport ipc)."""
+    """They free their GPUs' memory while the policy trains, for servers on the ranks' own GPUs (transport ipc), with as
+    many workers as ranks: servers.count × tensor on each machine."""
     enforce_eager: bool | None = None
     """No torch.compile and CUDA graphs in the server; null: only on CPU."""
     start_timeout_s: Seconds = 600

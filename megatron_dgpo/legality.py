@@ -153,10 +153,13 @@ def of_gpus(ranks: int, workers: int, gpus: int, sleep: bool) -> Iterator[str]:
     """The servers' GPUs are the first ones of the ranks if they sleep, and otherwise the next ones."""
     if ranks > gpus:
         yield f"{_RANKS} = {ranks} ranks here, but this machine has {gpus} GPUs"
-    if sleep and workers > ranks:
+    # A worker takes weights out of the buffer of its GPU's rank; a buffer that nobody takes from is never freed
+    # (PyTorch counts who has opened it).
+    if sleep and workers and workers != ranks:
         yield (
-            f"servers.sleep=true shares the ranks' GPUs, but {_WORKERS} = {workers} GPUs, and {_RANKS} = {ranks} "
-            "ranks: a worker would be on a GPU that no rank sends its weights from; use as many ranks, or fewer workers"
+            f"servers.sleep=true shares the ranks' GPUs, but {_WORKERS} = {workers} workers here, and {_RANKS} = "
+            f"{ranks} ranks: each GPU must have one of both, for the worker takes the rank's weights; let "
+            f"servers.count × servers.tensor be {ranks}"
         )
     if not sleep and ranks + workers > gpus:
         yield (
@@ -211,9 +214,9 @@ def of_rollout_node(server: ServerLayout, gpus: int) -> Iterator[str]:
 def of_cluster(layout: Layout, server: ServerLayout, gpus: int, shared: bool, machines: int) -> Iterator[str]:
     """The planner's: trainer and `machines` machines with such servers each take all of the GPUs."""
     rest = gpus - layout.world_size
-    if (gpus if shared else rest) != machines * server.num_workers:
+    if (gpus if shared else rest) != machines * server.num_workers or (shared and rest):
         yield (
-            f"of --gpus={gpus} the trainer takes {layout.world_size} ({_RANKS}); the other {rest}, or all of them if "
-            f"shared, are not {machines} machines of {server.num_workers} GPUs (servers.tensor × count): change "
+            f"of --gpus={gpus} the trainer takes {layout.world_size} ({_RANKS}); the other {rest}, or if shared "
+            f"all of them, are not {machines} machines of {server.num_workers} GPUs (servers.tensor × count): change "
             "these or --gpus"
         )

@@ -16,7 +16,7 @@ from megatron_dgpo.data import load_prompts, load_solutions, load_tokenizer, pla
 from megatron_dgpo.errors import UsageError, shown
 from megatron_dgpo.layout import Layout, ServerLayout, own_servers
 from megatron_dgpo.manifest import check_architecture, check_origins, check_steps, newest, origins, read_manifest
-from megatron_dgpo.model.compat import check_packages
+from megatron_dgpo.model.compat import check_packages, uses_transformer_engine
 from megatron_dgpo.rewards.pool import GraderPool
 from megatron_dgpo.rollout import server
 from megatron_dgpo.wandb_run import check_installed
@@ -85,6 +85,12 @@ def _check_model(config: Config) -> Architecture:
                 "share the policy's layout"
             )
         check_weights(architecture, model)
+    if architecture.sliding_window and config.parallel.context > 1 and uses_transformer_engine(config.model.layer_spec):
+        raise UsageError(
+            f"parallel.context={config.parallel.context} with sliding_window={architecture.sliding_window} of "
+            f"{config.model.path}: Transformer Engine's attention of packed sequences over context-parallel ranks "
+            "knows no window; set model.layer_spec=portable"
+        )
     if config.rollout.context_tokens > architecture.max_positions:
         raise UsageError(
             f"rollout.context_tokens={config.rollout.context_tokens} is more than max_position_embeddings="

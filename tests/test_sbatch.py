@@ -55,7 +55,9 @@ def test_gpus_are_asked_for_unless_the_job_computes_on_cpus(capsys, monkeypatch)
 
 
 def test_nodes_that_run_their_own_servers_make_one_component(capsys):
-    [options] = components(text := printed(capsys, "--nodes=4", "--gpus-per-node=8", "servers.sleep=true"))
+    [options] = components(
+        text := printed(capsys, "--nodes=4", "--gpus-per-node=8", "servers.sleep=true", "servers.count=8")
+    )
     assert options["nodes"] == "4" and "ROLLOUT_NODES=" not in text
 
 
@@ -85,7 +87,11 @@ def test_the_command_line_survives_the_shell(capsys):
     "arguments, expected",
     [
         (["--nodes=2", "--gpus-per-node=4"], "= 4 and servers.count × servers.tensor = 1 GPUs are more than the 4"),
-        (["--gpus-per-node=8", "servers.sleep=true", "servers.count=9"], "but servers.count × servers.tensor = 9 GPUs"),
+        (
+            ["--gpus-per-node=8", "servers.sleep=true", "servers.count=9"],
+            "but servers.count × servers.tensor = 9 workers",
+        ),
+        (["--gpus-per-node=8", "servers.sleep=true", "servers.count=4"], "let servers.count × servers.tensor be 8"),
         (
             ["--nodes=3", "--rollout-nodes=1"],
             "8 ranks do not divide over --nodes=3",

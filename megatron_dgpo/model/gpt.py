@@ -85,8 +85,7 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
         batch_p2p_comm=parallel.chunks_per_stage == 1,
         sequence_parallel=parallel.sequence,
         context_parallel_size=parallel.context,
-        # Transformer Engine's ring of keys knows no window.
-        cp_comm_type="all_gather" if architecture.sliding_window else "p2p",
+        cp_comm_type="p2p",
         recompute_granularity=None if model.recompute == "none" else model.recompute,
         recompute_method="uniform" if model.recompute == "full" else None,
         recompute_num_layers=1 if model.recompute == "full" else None,

@@ -58,7 +58,7 @@ class WorkerMethods:
 
         dtype = self.vllm_config.model_config.dtype
         parameters = self.model_runner.get_model().named_parameters()
-        return {name: content_sum(parameter.detach().to(dtype)) for name, parameter in parameters}
+        return {name: int(content_sum(parameter.detach().to(dtype))) for name, parameter in parameters}
 
     def abandon_update(self) -> None:
         """Leave an update that broke off, if any: to vLLM it is still under way."""

@@ -14,7 +14,7 @@ from megatron_dgpo.layout import ServerLayout
 from megatron_dgpo.model.collectives import from_rank_0
 from megatron_dgpo.rollout.client import Engines
 from megatron_dgpo.weights.architectures import Architecture
-from megatron_dgpo.weights.resharding import Block, block, vllm_blocks, vllm_parameters, wrapped_sum
+from megatron_dgpo.weights.resharding import Block, block, vllm_blocks, vllm_parameters
 
 _SUM_NUMEL = 2**22
 
@@ -26,15 +26,17 @@ class IpcSync:
     Written from vLLM 0.32's sources and not yet run: no machine with a GPU was at hand.
     """
 
-    def __init__(self, engines: Engines, source, architecture: Architecture, tensor: int, bucket_bytes: int) -> None:
-        """source: a vLLM WeightSource, the same on every rank. tensor: each server's workers. bucket_bytes: of the
-        buffer, unless a tensor is larger."""
+    def __init__(
+        self, engines: Engines, source, architecture: Architecture, layout: ServerLayout, bucket_bytes: int
+    ) -> None:
+        """source: a vLLM WeightSource, the same on every rank. layout: of each server. bucket_bytes: of the buffer,
+        unless a tensor is larger."""
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
         self._engines, self._version = engines, 0
         self._failure: Exception | None = None
-        self._source = SummedSource(source, architecture, tensor) if dist.get_rank() == 0 else source
+        self._source = SummedSource(source, architecture, layout) if dist.get_rank() == 0 else source
         # Without packing vLLM would keep every gathered tensor, the whole model on every GPU, until the update's end.
         info = IPCTrainerInitInfo(
             rank=dist.get_rank(), packed=True, packed_buffer_size_bytes=buffer_bytes(source.metadata(), bucket_bytes)
@@ -58,7 +60,9 @@ class IpcSync:
     def differing_tensors(self, address: str) -> list[str]:
         """Rank 0 only: vLLM parameters of a server whose content is not what the last push sent."""
         held = self._engines.call_workers(address, "held_sums")
-        return sorted({name for (worker, name), value in self._source.sums.items() if held[worker].get(name) != value})
+        sums = self._source.sums
+        expected = zip(sums, torch.stack([*sums.values()]).tolist(), strict=True)
+        return sorted({name for (worker, name), value in expected if held[worker].get(name) != value})
 
     # vLLM's VLLMWeightSyncClient protocol, called by its trainer engine on rank 0.
 
@@ -99,11 +103,10 @@ def buffer_bytes(metadata: list, bucket_bytes: int) -> int:
 class SummedSource:
     """A vLLM WeightSource that remembers what each of a server's workers must hold when all has been loaded."""
 
-    def __init__(self, source, architecture: Architecture, tensor: int) -> None:
+    def __init__(self, source, architecture: Architecture, layout: ServerLayout) -> None:
         self._source = source
-        self.sums: dict[tuple[int, str], int] = {}
+        self.sums: dict[tuple[int, str], torch.Tensor] = {}
         """(worker, vLLM parameter) -> content_sum of the worker's part, of the last iteration."""
-        layout = ServerLayout(tensor)
         self._parts: dict[str, list[tuple[int, str, Block]]] = defaultdict(list)
         for target, parameter in vllm_parameters(architecture).items():
             for worker in range(layout.tensor):
@@ -121,20 +124,24 @@ class SummedSource:
         for name, tensor in self._source:
             for worker, target, part in self._parts.get(name, ()):
                 value = content_sum(block(tensor, part.start, part.shape))
-                self.sums[worker, target] = wrapped_sum(self.sums.get((worker, target), 0), value)
+                # On its device: a mixture has 100,000 parts, and to wait for each would take seconds.
+                self.sums[worker, target] = (
+                    self.sums[worker, target] + value if (worker, target) in self.sums else value
+                )
             yield name, tensor
 
 
-def content_sum(tensor: torch.Tensor) -> int:
+def content_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Of all elements, in whatever order: those of a tensor's blocks add up to its own, padding of zeros to nothing.
+    A scalar of int64 on their device.
 
     Σ bits · (bits + 40503) in 64-bit integers that wrap: elements that change by a bit up and down do not cancel out.
     The order is left out because kernels may keep experts in one of their own. Memory: some times that of four million
     64-bit integers.
     """
     integers = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
-    total = 0
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for part in tensor.contiguous().view(integers).view(-1).split(_SUM_NUMEL):
         bits = part.to(torch.int64)
-        total = wrapped_sum(total, int((bits * (bits + 40503)).sum()))
+        total += (bits * (bits + 40503)).sum()
     return total

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_dgpo.algorithm.objective import of_whole_responses
 from megatron_dgpo.config import Config
+from megatron_dgpo.layout import ServerLayout
 from megatron_dgpo.micro_batch import MicroBatch, TrainingSequence
 from megatron_dgpo.model.collectives import broadcast_from_last_stage, from_rank_0
 from megatron_dgpo.model.packed import pack_micro_batches
@@ -204,7 +205,8 @@ class WeightSync:
         config, modules, architecture = self._config, self._policy.modules, self._policy.architecture
         if server.transport(config) == "ipc":
             source = FullTensors(modules, architecture, getattr(torch, server.dtype(config)))
-            return IpcSync(engines, source, architecture, config.servers.tensor, config.weight_sync.bucket_bytes)
+            layout = ServerLayout.from_config(config.servers, 1)
+            return IpcSync(engines, source, architecture, layout, config.weight_sync.bucket_bytes)
         return ShardSync(engines, dict(named_shards(modules)), architecture, self._policy.layout, config)
 
     def _logprobs(self) -> list[list[float]]:

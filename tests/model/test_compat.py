@@ -11,6 +11,8 @@ from megatron_dgpo import preflight
 from megatron_dgpo.config import Model, Parallel
 from megatron_dgpo.errors import UsageError
 from megatron_dgpo.model.compat import check_packages, moe_submodules
+from tests.layouts import make_config
+from tools.tiny_models import make_tiny_model
 
 
 def model(**settings):
@@ -81,3 +83,15 @@ def test_both_forms_of_a_mixture_s_spec():
     submodules = MoESubmodules(experts=None)
     assert moe_submodules(ModuleSpec(module=MoELayer, submodules=submodules)) is submodules
     assert moe_submodules(functools.partial(MoELayer, submodules=submodules)) is submodules
+
+
+def test_a_window_over_context_parallel_ranks_is_not_transformer_engines(tmp_path):
+    def config(layer_spec, context):
+        short = {"context_tokens": 128, "max_response_tokens": 64}
+        return make_config(folder, {"context": context}, model={"layer_spec": layer_spec}, rollout=short)
+
+    folder = make_tiny_model(tmp_path / "model", "mistral")
+    for legal in (config("portable", 2), config("te", 1)):
+        preflight._check_model(legal)
+    with pytest.raises(UsageError, match="parallel.context=2 with sliding_window=8 .*set model.layer_spec=portable"):
+        preflight._check_model(config("te", 2))
