@@ -168,6 +168,17 @@ def of_gpus(ranks: int, workers: int, gpus: int, sleep: bool) -> Iterator[str]:
         )
 
 
+def of_shared_memory(kept: float, fraction: float, gpu_bytes: float) -> Iterator[str]:
+    """kept: bytes of a GPU that stay a rank's while a server that shares it samples."""
+    if kept + fraction * gpu_bytes > gpu_bytes:
+        most = max(0, math.floor(100 * (1 - kept / gpu_bytes)))
+        yield (
+            f"servers.gpu_memory_fraction={fraction:g} is {fraction * gpu_bytes / 2**30:.1f} of a GPU's "
+            f"{gpu_bytes / 2**30:.1f} GiB, of which the ranks keep {kept / 2**30:.1f} while servers sample (weights, "
+            f"gradients, optimizer, reference): let it be {most / 100:g} or less"
+        )
+
+
 def of_server_gpus(server: ServerLayout, index: int, first_gpu: int, gpus: int) -> Iterator[str]:
     """Where server `index` begins at `first_gpu` of this machine."""
     last = first_gpu + server.tensor - 1

@@ -17,6 +17,9 @@ from megatron_dgpo.errors import UsageError, shown
 from megatron_dgpo.layout import Layout, ServerLayout, own_servers
 from megatron_dgpo.manifest import check_architecture, check_origins, check_steps, newest, origins, read_manifest
 from megatron_dgpo.model.compat import check_packages, uses_transformer_engine
+from megatron_dgpo.planning import memory
+from megatron_dgpo.planning.plan import trainer_of, workload_of
+from megatron_dgpo.planning.sizes import Sizes
 from megatron_dgpo.rewards.pool import GraderPool
 from megatron_dgpo.rollout import server
 from megatron_dgpo.wandb_run import check_installed
@@ -39,6 +42,9 @@ def check(
     legality.check(legality.of_world(config.parallel, world_size))
     check_layout(command, config, architecture, Layout.from_config(config.parallel, world_size))
     _check_devices(config, local_size, own_servers(command, config))
+    if command == "train" and config.servers.sleep and torch.cuda.is_available():
+        gpu_bytes = torch.cuda.get_device_properties(0).total_memory
+        check_shared_memory(config, architecture, world_size, gpu_bytes)
     _check_overlaps(config.parallel)
     check_packages(config.model)
     check_installed(config)
@@ -109,6 +115,13 @@ def check_layout(command: str, config: Config, architecture: Architecture, layou
         step = rollout.prompts_per_step, rollout.group_size, config.batch.minibatches
         legality.check(legality.of_step(layout, *step))
     legality.check(legality.of_server(architecture, ServerLayout.from_config(config.servers)))
+
+
+def check_shared_memory(config: Config, architecture: Architecture, ranks: int, gpu_bytes: float) -> None:
+    """Raise UsageError if servers that wake find too little: vLLM would die of it, at the end of the first update."""
+    sizes, work, trainer = Sizes(architecture), workload_of(config, 1, 1), trainer_of(config, ranks)
+    kept = max(sum(memory.kept(sizes, work, trainer, stage).values()) for stage in range(trainer.pipeline))
+    legality.check(legality.of_shared_memory(kept, config.servers.gpu_memory_fraction, gpu_bytes))
 
 
 def _check_devices(config: Config, ranks: int, servers: int) -> None:

@@ -260,16 +260,20 @@ def reference_weights(sizes: Sizes, work: Workload, trainer: TrainerSide, stage:
     return (1 + work.start) * static_memory(sizes, stage, trainer.layout, False, work.element_bytes).weights
 
 
-def trainer_memory(sizes: Sizes, work: Workload, trainer: TrainerSide, stage: int) -> dict[str, float]:
-    """Bytes by item of one GPU of a pipeline stage at its peak, in the update."""
+def kept(sizes: Sizes, work: Workload, trainer: TrainerSide, stage: int) -> dict[str, float]:
+    """Bytes by item of one GPU of a pipeline stage, of what is there between steps, too."""
     static = static_memory(sizes, stage, trainer.layout, trainer.distributed_optimizer, work.element_bytes)
-    items = {
+    return {
         "weights": float(static.weights),
         "gradients": float(static.gradients),
         "optimizer": float(static.optimizer),
         "reference": float(reference_weights(sizes, work, trainer, stage)),
-        **activations(sizes, work, trainer, stage),
     }
+
+
+def trainer_memory(sizes: Sizes, work: Workload, trainer: TrainerSide, stage: int) -> dict[str, float]:
+    """Bytes by item of one GPU of a pipeline stage at its peak, in the update."""
+    items = kept(sizes, work, trainer, stage) | activations(sizes, work, trainer, stage)
     items["fragmentation"] = FRAGMENTATION * sum(items.values())
     items["weight transfer's NCCL"] = COMMUNICATOR_BYTES
     items["CUDA and NCCL"] = RUNTIME_BYTES
@@ -278,8 +282,8 @@ def trainer_memory(sizes: Sizes, work: Workload, trainer: TrainerSide, stage: in
 
 def resident(items: dict[str, float]) -> float:
     """Bytes that a GPU of `trainer_memory` keeps while servers sample: the rest goes when its step is over."""
-    kept = sum(items[name] for name in ("weights", "gradients", "optimizer", "reference"))
-    return (1 + FRAGMENTATION) * kept + items["CUDA and NCCL"]
+    static = sum(items[name] for name in ("weights", "gradients", "optimizer", "reference"))
+    return (1 + FRAGMENTATION) * static + items["CUDA and NCCL"]
 
 
 def ipc_update(sizes: Sizes, tensor: int, e: int) -> float:

@@ -363,20 +363,24 @@ def sides_of(config: Config, gpus: int, gpus_per_node: int) -> tuple[TrainerSide
     asked = Layout.from_config(parallel)
     shared = servers.sleep if parallel.data is None else asked.world_size == gpus
     rest = gpus if shared else max(asked.model_size, gpus - machine.num_workers)
-    ranks = asked.world_size if parallel.data else rest
-    place = "host" if config.model.reference_offload else "device"
-    trainer = replace(
-        TrainerSide.from_config(parallel, ranks),
-        distributed_optimizer=parallel.distributed_optimizer,
-        recompute=config.model.recompute,
-        reference=place if config.needs_reference else "none",
-        micro_batch_tokens=config.batch.micro_batch_tokens,
-    )
+    trainer = trainer_of(config, asked.world_size if parallel.data else rest)
     serving = gpus if shared else gpus - trainer.world_size
     machines = max(1, serving // gpus_per_node)
     legality.check(legality.of_cluster(trainer, machine, gpus, shared, machines))
     rollout = RolloutSide.from_config(servers, machines * servers.count)
     return trainer, replace(rollout, shared=shared, sleep=shared and servers.sleep)
+
+
+def trainer_of(config: Config, ranks: int) -> TrainerSide:
+    """The trainer that a config describes on so many ranks."""
+    place = "host" if config.model.reference_offload else "device"
+    return replace(
+        TrainerSide.from_config(config.parallel, ranks),
+        distributed_optimizer=config.parallel.distributed_optimizer,
+        recompute=config.model.recompute,
+        reference=place if config.needs_reference else "none",
+        micro_batch_tokens=config.batch.micro_batch_tokens,
+    )
 
 
 def workload_of(config: Config, prompt_tokens: int, response_tokens: int) -> Workload:

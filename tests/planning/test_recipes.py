@@ -10,10 +10,12 @@ import pytest
 from megatron_dgpo import cli
 from megatron_dgpo.algorithm.resolve import without_effect
 from megatron_dgpo.config_file import load_config
+from megatron_dgpo.errors import UsageError
 from megatron_dgpo.planning.hardware import GPUS, Cluster
 from megatron_dgpo.planning.plan import Plan, Planner, sides_of, workload_of
 from megatron_dgpo.planning.sides import refusal, rollout_refusal
 from megatron_dgpo.planning.sizes import Sizes
+from megatron_dgpo.preflight import check_shared_memory
 from megatron_dgpo.weights.architectures import read_architecture
 from tools import plan_parallelism
 
@@ -63,6 +65,25 @@ def test_in_turn_on_all_gpus_is_as_fast_as_its_readme_says():
     assert plan.rollout.shared and plan.rollout.sleep
     assert plan.trainer.world_size == plan.rollout.num_workers == 128
     assert plan.problem is None and f": {plan.step_s:.0f} s a step by the plan" in (folder / "README.md").read_text()
+
+
+def test_servers_that_would_wake_in_too_little_memory_are_refused():
+    """Of what the trainer keeps, to the byte; what the planner chose leaves room for the rest."""
+    folder, gpu_bytes = ROOT / "examples" / "qwen2.5-32b", GPUS["h100"].memory_bytes
+    architecture = read_architecture(folder / "model")
+
+    def config(fraction):
+        override = f"servers.gpu_memory_fraction={fraction}"
+        return load_config(folder / "config.yaml", [str(folder / "in_turn.yaml"), override])
+
+    check_shared_memory(config(0.61), architecture, 128, gpu_bytes)
+    with pytest.raises(UsageError, match="servers.gpu_memory_fraction=0.85 is 67.2 of a GPU's 79.1 GiB") as raised:
+        check_shared_memory(config(0.85), architecture, 128, gpu_bytes)
+    most = float(re.search(r"let it be (\S+) or less", str(raised.value))[1])
+    assert 0.61 < most < 0.75
+    check_shared_memory(config(most), architecture, 128, gpu_bytes)
+    with pytest.raises(UsageError, match=f"let it be {most:g} or less"):
+        check_shared_memory(config(round(most + 0.01, 2)), architecture, 128, gpu_bytes)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
