@@ -7,8 +7,11 @@ import sys
 
 import pytest
 
+from tests.ranks import run_ranks
 from tools import check_gpu
 from tools.check_gpu import FAILED, ROOT, Check
+from tools.gpu_checks import models
+from tools.gpu_checks.line import PASSED, Task
 
 PATIENCE = "10"
 
@@ -46,6 +49,17 @@ def test_report_says_of_which_machine_and_versions(report):
     assert found["packages"]["megatron-core"].startswith("megatron-core ")
     # It is to be committed.
     assert str(ROOT) not in json.dumps(found) and sys.prefix not in json.dumps(found)
+
+
+def both_dtypes(folder):
+    return list(models.model(Task("cuda", folder), "qwen2", "portable"))
+
+
+def test_a_model_is_compared_in_both_dtypes_by_one_process(tmp_path):
+    """As on a GPU, in which a CPU run compares float32 alone."""
+    [lines] = run_ranks(both_dtypes, 1, tmp_path, joined=False)
+    assert [line.status for line in lines] == [PASSED] * 4, lines
+    assert {f"log-probs, {dtype}" for dtype in ("float32", "bfloat16")} < {line.name for line in lines}
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,8 @@ def measure(name: str, folder: Path) -> dict:
 
     case = CASES[name]
     init_device()
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    # Objects go through gloo.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/group", rank=0, world_size=1)
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(**case.model, num_key_value_heads=2, tie_word_embeddings=True))

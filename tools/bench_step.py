@@ -30,7 +30,7 @@ from megatron_dgpo.algorithm.objective import Objective, Signal, policy_objectiv
 from megatron_dgpo.algorithm.resolve import resolved_algorithm
 from megatron_dgpo.config import Config
 from megatron_dgpo.micro_batch import TrainingSequence
-from megatron_dgpo.model.device import init_device
+from megatron_dgpo.model.device import backend, init_device
 from megatron_dgpo.model.packed import pack_micro_batches
 from megatron_dgpo.model.parallel import initialize_parallel
 from megatron_dgpo.model.policy import Policy
@@ -168,8 +168,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         init_device()
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, init_method=f"file://{folder}/group", rank=0, world_size=1)
+        dist.init_process_group(backend(), init_method=f"file://{folder}/group", rank=0, world_size=1)
         config = Config.model_validate({"model": {"path": "none"}, "data": {"train": "none"}})
         initialize_parallel(config.parallel, 1)
         for case in arguments.case or CASES:

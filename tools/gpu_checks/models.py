@@ -45,6 +45,7 @@ Row = tuple[list[int], list[int], float, None]
 
 def model(task: Task, family: str, layer_spec: str, context: str = "1") -> Iterator[Line]:
     layout = {"context": int(context)} if context != "1" else LAYOUTS[task.ranks]
+    configs = []
     for dtype in ("float32", "bfloat16") if task.on_gpu else ("float32",):
         # A folder for each rank: they make the same models without waiting for each other.
         folder = task.folder / f"{dtype}_{os.environ['RANK']}"
@@ -52,12 +53,15 @@ def model(task: Task, family: str, layer_spec: str, context: str = "1") -> Itera
             make_tiny_model(folder / name, family, vocab_size=VOCAB, dtype=getattr(torch, dtype), seed=seed)
             for seed, name in enumerate(("policy", "reference"))
         )
-        config = _config(folder, policy, reference, layer_spec, dtype, layout)
-        try:
-            yield from _compared(config, family)
-        except Exception:
-            # The other dtype may still work.
-            yield Line(dtype, FAILED, traceback.format_exc().rstrip())
+        configs.append(_config(folder, policy, reference, layer_spec, dtype, layout))
+    # One for all: its store listens as long as the process lives.
+    with world(configs[0]):
+        for config in configs:
+            try:
+                yield from _compared(config, family)
+            except Exception:
+                # The other dtype may still work.
+                yield Line(config.model.dtype, FAILED, traceback.format_exc().rstrip())
 
 
 def _compared(config: Config, family: str) -> Iterator[Line]:
@@ -87,8 +91,8 @@ def _config(folder: Path, policy: Path, reference: Path, layer_spec: str, dtype:
 
 @contextlib.contextmanager
 def _session(config: Config):
-    with world(config), Session(config, "sft") as session:
-        # For the next one of this process.
+    with Session(config, "sft") as session:
+        # For the next one of this world.
         session.callback(parallel_state.destroy_model_parallel)
         yield session
 
