@@ -41,8 +41,9 @@ def check(
     architecture = _check_model(config)
     legality.check(legality.of_world(config.parallel, world_size))
     check_layout(command, config, architecture, Layout.from_config(config.parallel, world_size))
-    _check_devices(config, local_size, own_servers(command, config))
-    if command == "train" and config.servers.sleep and torch.cuda.is_available():
+    servers = own_servers(command, config)
+    _check_devices(config, local_size, servers)
+    if command == "train" and servers and config.servers.sleep and torch.cuda.is_available():
         gpu_bytes = torch.cuda.get_device_properties(0).total_memory
         check_shared_memory(config, architecture, world_size, gpu_bytes)
     _check_overlaps(config.parallel)
