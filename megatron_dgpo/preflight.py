@@ -43,9 +43,6 @@ def check(
     check_layout(command, config, architecture, Layout.from_config(config.parallel, world_size))
     servers = own_servers(command, config)
     _check_devices(config, local_size, servers)
-    if command == "train" and servers and config.servers.sleep and torch.cuda.is_available():
-        gpu_bytes = torch.cuda.get_device_properties(0).total_memory
-        check_shared_memory(config, architecture, world_size, gpu_bytes)
     _check_overlaps(config.parallel)
     check_packages(config.model)
     check_installed(config)
@@ -59,6 +56,9 @@ def check(
         _check_evaluation(config)
         _check_rewards(config, command, tokenizer)
     if command == "train":
+        if servers and config.servers.sleep and torch.cuda.is_available():
+            gpu_bytes = torch.cuda.get_device_properties(0).total_memory
+            check_shared_memory(config, architecture, world_size, gpu_bytes)
         _check_warmup(config)
         _check_advantages(config)
     if command == "eval" and not config.data.eval:
