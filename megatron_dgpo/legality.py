@@ -150,7 +150,7 @@ def of_cores(ranks: int, workers: int, cores: int) -> Iterator[str]:
 
 
 def of_gpus(ranks: int, workers: int, gpus: int, sleep: bool) -> Iterator[str]:
-    """The servers' GPUs are the first ones of the ranks if they sleep, and otherwise the next ones."""
+    """The servers' GPUs are those of the ranks if they sleep, and otherwise the next ones."""
     if ranks > gpus:
         yield f"{_RANKS} = {ranks} ranks here, but this machine has {gpus} GPUs"
     # A worker takes weights out of the buffer of its GPU's rank; a buffer that nobody takes from is never freed
@@ -224,10 +224,11 @@ def of_rollout_node(server: ServerLayout, gpus: int) -> Iterator[str]:
 
 def of_cluster(layout: Layout, server: ServerLayout, gpus: int, shared: bool, machines: int) -> Iterator[str]:
     """The planner's: trainer and `machines` machines with such servers each take all of the GPUs."""
-    rest = gpus - layout.world_size
-    if (gpus if shared else rest) != machines * server.num_workers or (shared and rest):
+    trainer, workers = layout.world_size, machines * server.num_workers
+    fits = trainer == workers == gpus if shared else trainer + workers == gpus
+    if not fits:
         yield (
-            f"of --gpus={gpus} the trainer takes {layout.world_size} ({_RANKS}); the other {rest}, or if shared "
-            f"all of them, are not {machines} machines of {server.num_workers} GPUs (servers.tensor × count): change "
-            "these or --gpus"
+            f"of --gpus={gpus} the trainer takes {trainer} ({_RANKS}), and {machines} machines of {server.num_workers} "
+            f"GPUs (servers.tensor × count) {workers}: {'either' if shared else 'both together'} must take all of "
+            "them; change these or --gpus"
         )

@@ -73,7 +73,7 @@ def measure(name: str, folder: Path) -> dict:
 
     from megatron_dgpo.algorithm.objective import Objective
     from megatron_dgpo.config import Config
-    from megatron_dgpo.model.device import init_device
+    from megatron_dgpo.model.device import backend, init_device
     from megatron_dgpo.model.parallel import initialize_parallel
     from megatron_dgpo.model.policy import Policy
     from megatron_dgpo.model.reference import Reference
@@ -81,9 +81,7 @@ def measure(name: str, folder: Path) -> dict:
 
     case = CASES[name]
     init_device()
-    # Objects go through gloo.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{folder}/group", rank=0, world_size=1)
+    dist.init_process_group(backend(), init_method=f"file://{folder}/group", rank=0, world_size=1)
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(**case.model, num_key_value_heads=2, tie_word_embeddings=True))
     model.save_pretrained(folder / "model")

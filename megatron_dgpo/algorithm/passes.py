@@ -1,4 +1,5 @@
-"""Which forward passes over a step's sequences its settings ask for, beside those of the updates themselves."""
+"""Which forward passes over a step's sequences its settings ask for, beside those of the updates themselves. Those of
+the reference are made only where there is one."""
 
 from __future__ import annotations
 
@@ -18,7 +19,6 @@ class Passes(NamedTuple):
 
     @classmethod
     def from_config(cls, config: Config) -> Passes:
-        """Those of the reference only where there is one."""
         algorithm, several = resolved_algorithm(config), config.batch.minibatches > 1
         kl_in_reward = algorithm.kl == "reward"
         # With one optimizer step the policy that sampled is the one that is updated: nothing to compute twice.
@@ -28,6 +28,6 @@ class Passes(NamedTuple):
         again = algorithm.credit == "distribution_guided" and not scored_before
         return cls(
             policy_before=reference_before or (several and algorithm.old_logprobs == "recomputed"),
-            reference_before=config.needs_reference and reference_before,
-            reference=config.needs_reference and (again or not reference_before),
+            reference_before=reference_before,
+            reference=again or not reference_before,
         )

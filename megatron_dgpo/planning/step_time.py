@@ -166,7 +166,8 @@ def reference_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: 
 def old_logprobs_time(sizes: Sizes, work: Workload, trainer: TrainerSide, cluster: Cluster) -> Seconds:
     """The policy before its first update; by default with several minibatches: with one, the update's own forward pass
     serves."""
-    if not (work.minibatches > 1 if work.policy_before is None else work.policy_before):
+    asked = work.minibatches > 1 if work.policy_before is None else work.policy_before
+    if not asked:
         return Seconds()
     head = head_time(sizes, work, trainer, cluster, False)
     return forward_time(sizes, work, trainer, cluster, head)

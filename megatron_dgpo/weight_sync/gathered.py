@@ -125,9 +125,7 @@ class SummedSource:
             for worker, target, part in self._parts.get(name, ()):
                 value = content_sum(block(tensor, part.start, part.shape))
                 # On its device: a mixture has 100,000 parts, and to wait for each would take seconds.
-                self.sums[worker, target] = (
-                    self.sums[worker, target] + value if (worker, target) in self.sums else value
-                )
+                self.sums[worker, target] = self.sums.get((worker, target), 0) + value
             yield name, tensor
 
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from megatron_dgpo.errors import UsageError
 from megatron_dgpo.layout import job_ranks
 from megatron_dgpo.planning import memory
 from megatron_dgpo.planning.hardware import GPUS, Cluster, Efficiencies
@@ -72,6 +73,8 @@ def test_a_config_whose_servers_sleep_shares_all_gpus():
     trainer, rollout = sides_of(make_config("unused", {"tensor": 2}, servers=servers), 32, 8)
     assert trainer.world_size == rollout.num_workers == 32 and rollout.shared and rollout.sleep
     assert job_ranks(make_config("unused", {"tensor": 2}, servers=servers), 32, 0) == 32
+    with pytest.raises(UsageError, match=r"of --gpus=32 the trainer takes 30 .* 32: either must take all"):
+        sides_of(make_config("unused", {"tensor": 3}, servers=servers), 32, 8)
 
 
 def test_time_follows_its_causes():
