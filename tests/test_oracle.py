@@ -142,22 +142,18 @@ def megatron_steps(policy_dir, reference_dir, start_dir, later, parallel, algori
     return [step(algorithm) for algorithm in algorithms]
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_step_equals_the_oracle(models, layout, family):
+    """Mistral's window is shorter than its sequences: under context parallelism it reaches into other ranks' chunks."""
     every = family == "qwen2" and layout in ("tp1", "tp2-pp2", "dp2", "cp2")
     names = ALGORITHMS if every else ["paper", "gate-off, sequence mean"]
     check(models[family], layout, {name: ALGORITHMS[name] for name in names})
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_other_families_cut_over_ranks_equal_the_oracle(models, family):
-    """Mistral's window is shorter than its sequences: it reaches into other ranks' chunks."""
-    check(models[family], "cp2", {"paper": ALGORITHMS["paper"]})
-
-
+# Of both, without TP that lacks sequence parallelism, which Megatron refuses for experts; `tp2` has it here.
 @pytest.mark.parametrize("family", MIXTURES)
-@pytest.mark.parametrize("layout", MIXTURE_LAYOUTS)
+@pytest.mark.parametrize("layout", sorted({*LAYOUTS, *MIXTURE_LAYOUTS} - {"tp2-sp", "tp2-pp2"}))
 def test_step_of_a_mixture_equals_the_oracle(models, layout, family):
     check(models[family], layout, {"paper": ALGORITHMS["paper"]})
 
